@@ -1,0 +1,103 @@
+// What a channel's moments become: the constants of the loops, computed in double, rounded once.
+#pragma once
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace nw::NW_ISA {
+
+// A channel's statistics as the maps use them.
+struct Statistics {
+  double mean, rstd;
+};
+NW_INLINE Statistics from_moments(const Call& call, int64_t c) {
+  const double *count = call.moments, *mean = count + call.channels, *m2 = mean + call.channels;
+  const double var = m2[c] / (count[c] > 1 ? count[c] : 1);
+  return {mean[c], 1 / std::sqrt(var + call.eps)};
+}
+NW_INLINE Statistics from_vectors(const Call& call, int64_t c) {
+  return {read(call.mean, c, 0), 1 / std::sqrt(read(call.var, c, 1) + call.eps)};
+}
+
+// y = (x - centre) * scale + offset. Subtracting first, and carrying what rounding the mean to R
+// lost in the offset, keeps float32 data around 1e6 exact to rounding; x * scale + offset does not.
+template <class R> struct Affine {
+  R centre, scale, offset;
+};
+template <class R> NW_INLINE Affine<R> affine(const Call& call, int64_t c, Statistics s) {
+  const double scale = s.rstd * read(call.weight, c, 1);
+  const R centre = R(s.mean);
+  return {centre, R(scale), R(read(call.bias, c, 0) - (s.mean - double(centre)) * scale)};
+}
+template <class R> NW_INLINE Pack<R> apply(const Affine<R>& f, Pack<R> x) {
+  return (x - f.centre) * f.scale + f.offset;
+}
+template <class R> NW_INLINE Pack<R> apply(Pack<R> centre, Pack<R> scale, Pack<R> offset, Pack<R> x) {
+  return (x - centre) * scale + offset;
+}
+
+// dx = dz * scale + (x - centre) * slope + offset, the gradient of batch norm in x:
+// weight * rstd * (dz - sums[0] / n - (x - mean) * rstd^2 * sums[1] / n).
+template <class R> struct Gradient {
+  R slope, offset;
+};
+template <class R> NW_INLINE Gradient<R> gradient(const Call& call, int64_t c, Statistics s) {
+  const double n = call.moments ? call.moments[c] : call.count;
+  const double scale = s.rstd * read(call.weight, c, 1);
+  const double slope = -scale * s.rstd * s.rstd * call.sums[call.channels + c] / n;
+  const double lost = s.mean - double(R(s.mean));
+  return {R(slope), R(-scale * call.sums[c] / n - lost * slope)};
+}
+
+// The sums of a channel, q taken against the rounded mean, as they are kept; and what follows from
+// them for the parameters: dbias = sum dz, dweight = sum dz * (x - mean) * rstd.
+template <class R>
+NW_INLINE void write_sums(const Call& call, int64_t c, double s, double q, Statistics statistics) {
+  q -= (statistics.mean - double(R(statistics.mean))) * s;
+  call.sums[c] = s;
+  call.sums[call.channels + c] = q;
+  if (call.dbias) write(call.dbias, call.bias.dtype, c, s);
+  if (call.dweight) write(call.dweight, call.weight.dtype, c, q * statistics.rstd);
+}
+
+// Shifted sums over a set: s = sum(x - shift), q = sum((x - shift)^2).
+struct ShiftedSums {
+  double s = 0, q = 0;
+};
+struct MeanM2 {
+  double mean, m2;
+  bool trusted;
+};
+// With the shift d standard deviations off the mean, m2 = q - s^2/n loses a factor 1 + d^2 of its
+// digits; past 8 the caller takes the careful way, so at most 3 bits go. So it does when squares
+// overflow (q not finite) or vanish (below float's normal range) in R.
+NW_INLINE MeanM2 finish(ShiftedSums t, double shift, double n) {
+  const double offset = t.s / n;
+  const double m2 = t.q - t.s * offset;
+  const bool fits = t.q <= 8 * m2 && t.q < 1e300 && (t.q > 1e-30 * n || t.s == 0);
+  return {shift + offset, m2 > 0 ? m2 : 0, fits || (t.q == 0 && t.s == 0)};
+}
+
+// The careful way: three scalar passes in double over element(i), i in [0, n). Also what inf and NaN
+// go through, which come out as they should: not finite.
+template <class Element> inline MeanM2 careful_moments(int64_t n, const Element& element) {
+  double total = 0;
+  for (int64_t i = 0; i < n; ++i) total += element(i);
+  double mean = total / double(n), rest = 0, m2 = 0;
+  for (int64_t i = 0; i < n; ++i) rest += element(i) - mean;
+  if (std::isfinite(mean)) mean += rest / double(n);
+  for (int64_t i = 0; i < n; ++i) {
+    const double d = element(i) - mean;
+    m2 += d * d;
+  }
+  return {mean, m2, true};
+}
+
+NW_INLINE void write_moments(const Call& call, int64_t c, double n, MeanM2 m) {
+  call.moments[c] = n;
+  call.moments[call.channels + c] = m.mean;
+  call.moments[2 * call.channels + c] = m.m2;
+}
+
+}  // namespace nw::NW_ISA

@@ -1,0 +1,381 @@
+// Blocks with the channel's values in runs (NCHW, NCL, 5-D): inner >= one vector.
+//
+// A channel is one task: its moments are taken and its slice is normalized while it is in cache, so
+// that memory sees one read and one write. Few channels with large slices are split into chunks and
+// take two sweeps. Either way the sums of a slice are those of its chunks, added in order: the same
+// bits for any number of threads.
+#pragma once
+#include <type_traits>
+
+#include "activate.h"
+#include "channel.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace nw::NW_ISA {
+
+template <class T> struct Planar {
+  using R = Compute<T>;
+  using P = Pack<R>;
+  static constexpr int W = kLanes<R>;
+
+  const Call& call;
+  const int64_t n, stride, run, runs_a_piece, pieces;
+
+  // A run is a row of a channel (inner values), or a part of it if it is long; a chunk is a number
+  // of whole runs. 64K elements a chunk: enough tasks for one channel, few sums to add.
+  static constexpr int64_t kChunk = 65536;
+
+  explicit Planar(const Call& c)
+      : call(c),
+        n(c.outer * c.inner),
+        stride(c.channels * c.inner),
+        run(c.inner <= 2 * kChunk ? c.inner : kChunk),
+        runs_a_piece(c.inner <= 2 * kChunk ? (kChunk / c.inner > 0 ? kChunk / c.inner : 1) : 1),
+        pieces(c.inner <= 2 * kChunk ? (c.outer + runs_a_piece - 1) / runs_a_piece
+                                     : c.outer * (c.inner / kChunk)) {}
+
+  // Calls f(offset, length) for each run of chunk k of channel c.
+  template <class F> NW_INLINE void runs(int64_t c, int64_t k, const F& f) const {
+    if (run == call.inner) {
+      const int64_t first = k * runs_a_piece;
+      const int64_t last = first + runs_a_piece < call.outer ? first + runs_a_piece : call.outer;
+      for (int64_t o = first; o < last; ++o) f(o * stride + c * call.inner, run);
+    } else {
+      const int64_t parts = call.inner / kChunk, o = k / parts, part = k % parts;
+      // The last part of a row takes the remainder, so no part is shorter than a vector.
+      const int64_t length = part + 1 == parts ? call.inner - part * kChunk : kChunk;
+      f(o * stride + c * call.inner + part * kChunk, length);
+    }
+  }
+
+  bool split() const {  // too few channels to keep the threads busy one channel each
+    return pieces > 1 && call.channels < 4 * threads() && threads() > 1;
+  }
+
+  // ---- moments ----------------------------------------------------------------------------------
+  double sample_mean(int64_t c) const {
+    const T* x = static_cast<const T*>(call.x);
+    constexpr int64_t kSamples = 16;
+    const int64_t count = n < kSamples ? n : kSamples, step = n / count;
+    double total = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = i * step, o = at / call.inner;
+      total += to_compute(x[o * stride + c * call.inner + at - o * call.inner]);
+    }
+    return total / double(count);
+  }
+
+  ShiftedSums chunk_sums(int64_t c, int64_t k, R shift) const {
+    const T* x = static_cast<const T*>(call.x);
+    const P lane = lane_numbers<R>();
+    P s[4] = {}, q[4] = {};
+    ShiftedSums total;
+    int64_t used = 0;
+    // Partial sums of at most 64 terms a lane in R, then on in double: the rounding of the sums
+    // stays below that of the values.
+    const auto flush = [&] {
+      total.s += lane_sum<R>((s[0] + s[1]) + (s[2] + s[3]));
+      total.q += lane_sum<R>((q[0] + q[1]) + (q[2] + q[3]));
+      for (int j = 0; j < 4; ++j) s[j] = q[j] = P{};
+      used = 0;
+    };
+    const auto add = [&](int j, P v) {
+      s[j] += v;
+      q[j] += v * v;
+    };
+    runs(c, k, [&](int64_t at, int64_t length) {
+      const T* p = x + at;
+      int64_t left = length;
+      while (left >= 4 * W) {
+        int64_t steps = left / (4 * W);
+        if (steps > 64 - used) steps = 64 - used;
+        for (int64_t i = 0; i < steps; ++i, p += 4 * W) {
+          add(0, load<T>(p) - shift);
+          add(1, load<T>(p + W) - shift);
+          add(2, load<T>(p + 2 * W) - shift);
+          add(3, load<T>(p + 3 * W) - shift);
+        }
+        left -= steps * 4 * W;
+        used += steps;
+        if (used >= 64) flush();
+      }
+      for (int j = 0; left >= W; left -= W, p += W, ++j) add(j, load<T>(p) - shift);
+      if (left > 0) {  // the last vector of the run, without the lanes already counted
+        const P v = load<T>(p + left - W) - shift;
+        add(3, lane >= R(W - left) ? v : P{});
+      }
+      if (++used >= 64) flush();
+    });
+    flush();
+    return total;
+  }
+
+  void finish_channel(int64_t c, ShiftedSums sums, R shift) const {
+    MeanM2 m = finish(sums, double(shift), double(n));
+    if (!m.trusted) {
+      const T* x = static_cast<const T*>(call.x) + c * call.inner;
+      m = careful_moments(n, [&](int64_t i) {
+        return double(to_compute(x[i / call.inner * stride + i % call.inner]));
+      });
+    }
+    write_moments(call, c, double(n), m);
+  }
+
+  void channel_moments(int64_t c) const {
+    const R shift = R(sample_mean(c));
+    ShiftedSums sums;
+    for (int64_t k = 0; k < pieces; ++k) {
+      const ShiftedSums part = chunk_sums(c, k, shift);
+      sums.s += part.s;
+      sums.q += part.q;
+    }
+    finish_channel(c, sums, shift);
+  }
+
+  // One pair of doubles for each (channel, chunk).
+  int64_t scratch_bytes() const { return call.channels * pieces * int64_t(sizeof(ShiftedSums)); }
+
+  void moments_split() const {
+    ShiftedSums* parts = static_cast<ShiftedSums*>(call.scratch);
+    parallel(call.channels * pieces, n * call.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t c = i / pieces;
+        parts[i] = chunk_sums(c, i % pieces, R(sample_mean(c)));
+      }
+    });
+    for (int64_t c = 0; c < call.channels; ++c) {
+      ShiftedSums sums;
+      for (int64_t k = 0; k < pieces; ++k) {
+        sums.s += parts[c * pieces + k].s;
+        sums.q += parts[c * pieces + k].q;
+      }
+      finish_channel(c, sums, R(sample_mean(c)));
+    }
+  }
+
+  void moments() const {
+    if (split()) return moments_split();
+    parallel(call.channels, n * call.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) channel_moments(c);
+    });
+  }
+
+  // ---- forward ----------------------------------------------------------------------------------
+  // Streaming stores pay for outputs that will not fit in the last level cache beside x, in runs
+  // long enough to fill whole lines.
+  bool streams() const {
+    return std::is_same_v<T, float> && run >= 256 &&
+           n * call.channels * int64_t(2 * sizeof(T)) > last_level_cache_bytes();
+  }
+
+  template <int Act, bool Residual>
+  NW_INLINE P forward(const Affine<R>& f, int code, R slope, const T* x, const T* r) const {
+    P z = apply<R>(f, load<T>(x));
+    if constexpr (Residual) z += load<T>(r);
+    if constexpr (Act == kNone) return z;
+    if constexpr (Act == kReLU) return relu(z);
+    return activate<R>(code, slope, z);
+  }
+
+  template <int Act, bool Residual>
+  void normalize_chunk(int64_t c, int64_t k, Statistics statistics, bool streaming) const {
+    const Affine<R> f = affine<R>(call, c, statistics);
+    const T* x = static_cast<const T*>(call.x);
+    const T* r = static_cast<const T*>(call.residual);
+    T* y = static_cast<T*>(call.y);
+    const int code = call.activation;
+    const R slope = R(call.slope);
+    runs(c, k, [&](int64_t at, int64_t length) {
+      const auto one = [&](int64_t i) {
+        return forward<Act, Residual>(f, code, slope, x + at + i, Residual ? r + at + i : nullptr);
+      };
+      int64_t i = 0;
+      if (streaming) {
+        store<T>(y + at, one(0));
+        i = int64_t((kVectorBytes - uintptr_t(y + at) % kVectorBytes) % kVectorBytes / sizeof(T));
+        for (; i + 2 * W <= length; i += 2 * W) {
+          const P a = one(i), b = one(i + W);
+          stream<T>(y + at + i, a);
+          stream<T>(y + at + i + W, b);
+        }
+      } else {
+        for (; i + 2 * W <= length; i += 2 * W) {
+          const P a = one(i), b = one(i + W);
+          store<T>(y + at + i, a);
+          store<T>(y + at + i + W, b);
+        }
+      }
+      for (; i + W <= length; i += W) store<T>(y + at + i, one(i));
+      if (i < length) store<T>(y + at + length - W, one(length - W));
+    });
+  }
+
+  template <int Act, bool Residual> void forward_all(bool train) const {
+    const bool streaming = streams();
+    const auto statistics = [&](int64_t c) {
+      return train ? from_moments(call, c) : from_vectors(call, c);
+    };
+    if (split()) {
+      if (train) moments_split();
+      parallel(call.channels * pieces, n * call.channels, [&](int64_t begin, int64_t end) {
+        for (int64_t i = end; i-- > begin;)  // backwards: what was read last is still in cache
+          normalize_chunk<Act, Residual>(i / pieces, i % pieces, statistics(i / pieces), streaming);
+        if (streaming) stream_end();
+      });
+      return;
+    }
+    parallel(call.channels, n * call.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        if (train) channel_moments(c);
+        const Statistics s = statistics(c);
+        for (int64_t k = pieces; k-- > 0;) normalize_chunk<Act, Residual>(c, k, s, streaming);
+      }
+      if (streaming) stream_end();
+    });
+  }
+
+  // ---- backward ---------------------------------------------------------------------------------
+  // dz at offset i. Act: kNone, kReLU (z rebuilt from x), or -1: any activation, and z from the
+  // output where that is given, else from x and the residual.
+  template <int Act> NW_INLINE P dz(const Affine<R>& f, int64_t i, P xv) const {
+    const P dy = load<T>(static_cast<const T*>(call.dy) + i);
+    if constexpr (Act == kNone) return dy;
+    if constexpr (Act == kReLU) return apply<R>(f, xv) > 0 ? dy : P{};
+    P z;
+    if (call.output) {
+      z = load<T>(static_cast<const T*>(call.output) + i);
+    } else {
+      z = apply<R>(f, xv);
+      if (call.residual) z += load<T>(static_cast<const T*>(call.residual) + i);
+    }
+    return dy * activation_slope<R>(call.activation, R(call.slope), z);
+  }
+
+  template <int Act> ShiftedSums chunk_gradient_sums(int64_t c, int64_t k, Statistics st) const {
+    const Affine<R> f = affine<R>(call, c, st);
+    const T* x = static_cast<const T*>(call.x);
+    const P lane = lane_numbers<R>();
+    P s[2] = {}, q[2] = {};
+    ShiftedSums total;
+    int64_t used = 0;
+    const auto flush = [&] {
+      total.s += lane_sum<R>(s[0] + s[1]);
+      total.q += lane_sum<R>(q[0] + q[1]);
+      for (int j = 0; j < 2; ++j) s[j] = q[j] = P{};
+      used = 0;
+    };
+    runs(c, k, [&](int64_t at, int64_t length) {
+      int64_t i = 0;
+      const auto add = [&](int j, int64_t i) {
+        const P xv = load<T>(x + at + i);
+        const P g = dz<Act>(f, at + i, xv);
+        s[j] += g;
+        q[j] += g * (xv - f.centre);
+      };
+      while (i + 2 * W <= length) {
+        int64_t steps = (length - i) / (2 * W);
+        if (steps > 64 - used) steps = 64 - used;
+        for (int64_t j = 0; j < steps; ++j, i += 2 * W) {
+          add(0, i);
+          add(1, i + W);
+        }
+        used += steps;
+        if (used >= 64) flush();
+      }
+      if (i + W <= length) {
+        add(0, i);
+        i += W;
+      }
+      if (i < length) {
+        const P xv = load<T>(x + at + length - W);
+        const P g = dz<Act>(f, at + length - W, xv);
+        const P kept = lane >= R(W - (length - i)) ? g : P{};
+        s[1] += kept;
+        // Not kept * (x - centre): 0 * inf of a lane that belongs to the previous vector is NaN.
+        q[1] += lane >= R(W - (length - i)) ? g * (xv - f.centre) : P{};
+      }
+      if (++used >= 64) flush();
+    });
+    flush();
+    return total;
+  }
+
+  template <int Act>
+  void gradient_chunk(int64_t c, int64_t k, Statistics st, bool streaming) const {
+    const Affine<R> f = affine<R>(call, c, st);
+    const Gradient<R> g =
+        call.sums ? gradient<R>(call, c, st) : Gradient<R>{R(0), R(0)};
+    const T* x = static_cast<const T*>(call.x);
+    T* dx = static_cast<T*>(call.dx);
+    T* dr = static_cast<T*>(call.dresidual);
+    runs(c, k, [&](int64_t at, int64_t length) {
+      const auto one = [&](int64_t i) {
+        const P xv = load<T>(x + at + i);
+        const P z = dz<Act>(f, at + i, xv);
+        if (dr) store<T>(dr + at + i, z);
+        return z * f.scale + ((xv - f.centre) * g.slope + g.offset);
+      };
+      int64_t i = 0;
+      if (streaming) {
+        store<T>(dx + at, one(0));
+        i = int64_t((kVectorBytes - uintptr_t(dx + at) % kVectorBytes) % kVectorBytes / sizeof(T));
+        for (; i + W <= length; i += W) stream<T>(dx + at + i, one(i));
+      } else {
+        for (; i + W <= length; i += W) store<T>(dx + at + i, one(i));
+      }
+      if (i < length) store<T>(dx + at + length - W, one(length - W));
+    });
+  }
+
+  template <int Act> void backward_all(bool reduce, bool input, bool train) const {
+    const bool streaming = input && streams();
+    const auto statistics = [&](int64_t c) {
+      return train ? from_moments(call, c) : from_vectors(call, c);
+    };
+    if (split()) {
+      ShiftedSums* parts = static_cast<ShiftedSums*>(call.scratch);
+      if (reduce) {
+        parallel(call.channels * pieces, n * call.channels, [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i)
+            parts[i] = chunk_gradient_sums<Act>(i / pieces, i % pieces, statistics(i / pieces));
+        });
+        for (int64_t c = 0; c < call.channels; ++c) {
+          ShiftedSums t;
+          for (int64_t k = 0; k < pieces; ++k) {
+            t.s += parts[c * pieces + k].s;
+            t.q += parts[c * pieces + k].q;
+          }
+          write_sums<R>(call, c, t.s, t.q, statistics(c));
+        }
+      }
+      if (!input) return;
+      parallel(call.channels * pieces, n * call.channels, [&](int64_t begin, int64_t end) {
+        for (int64_t i = end; i-- > begin;)
+          gradient_chunk<Act>(i / pieces, i % pieces, statistics(i / pieces), streaming);
+        if (streaming) stream_end();
+      });
+      return;
+    }
+    parallel(call.channels, n * call.channels, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const Statistics st = statistics(c);
+        if (reduce) {
+          ShiftedSums t;
+          for (int64_t k = 0; k < pieces; ++k) {
+            const ShiftedSums part = chunk_gradient_sums<Act>(c, k, st);
+            t.s += part.s;
+            t.q += part.q;
+          }
+          write_sums<R>(call, c, t.s, t.q, st);
+        }
+        if (input)
+          for (int64_t k = pieces; k-- > 0;) gradient_chunk<Act>(c, k, st, streaming);
+      }
+      if (streaming) stream_end();
+    });
+  }
+};
+
+}  // namespace nw::NW_ISA

@@ -1,0 +1,314 @@
+// Blocks whose rows hold all channels (channels_last, (N, C), and runs shorter than a vector).
+//
+// The block is read as a matrix of `columns` columns, a multiple of the vector: `group` rows of
+// (channels, inner) side by side, so that no row has a tail. Column v belongs to channel
+// v / inner % channels. The few rows that do not fill a group are summed one by one. Sums are kept
+// for each (chunk of rows, column) and added in order: the same bits for any number of threads.
+#pragma once
+#include <type_traits>
+
+#include "activate.h"
+#include "channel.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace nw::NW_ISA {
+
+NW_INLINE int64_t greatest_common_divisor(int64_t a, int64_t b) {
+  while (b) {
+    const int64_t t = a % b;
+    a = b;
+    b = t;
+  }
+  return a;
+}
+NW_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+NW_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T> struct Rows {
+  using R = Compute<T>;
+  using P = Pack<R>;
+  static constexpr int W = kLanes<R>;
+  static constexpr int64_t kTile = 512;    // columns whose sums stay in the first level cache
+  static constexpr int64_t kFlush = 64;    // rows summed in R before they go on in double
+
+  const Call& call;
+  const int64_t row, n, group, columns, rows, rest, chunk, chunks, tiles;
+
+  explicit Rows(const Call& c)
+      : call(c),
+        row(c.channels * c.inner),
+        n(c.outer * c.inner),
+        group(pick_group(row)),
+        columns(row * group),
+        rows(c.outer / group),
+        rest(rows * group),  // first row of the remainder
+        chunk(at_least(kFlush, 262144 / columns)),
+        chunks((rows + chunk - 1) / chunk),
+        tiles((columns + kTile - 1) / kTile) {}
+
+  // The smallest number of rows that fills whole vectors; of narrow rows as many as make a loop.
+  static int64_t pick_group(int64_t row) {
+    int64_t g = W / greatest_common_divisor(row, W);
+    while (g * row < 8 * W) g *= 2;
+    return g;
+  }
+  NW_INLINE int64_t channel_of(int64_t column) const { return column / call.inner % call.channels; }
+
+  // ---- scratch: shift, sums of the chunks, constants of the columns ------------------------------
+  int64_t sums_count() const { return at_least(chunks, 1) * 2 * columns; }
+  int64_t scratch_bytes() const {
+    return int64_t(sizeof(double)) * (sums_count() + 2 * call.channels + 6 * columns) + 64;
+  }
+  double* partial() const { return static_cast<double*>(call.scratch); }
+  double* channel_sums() const { return partial() + sums_count(); }                 // (2, channels)
+  R* column_constants() const {                                                     // (5, columns)
+    return reinterpret_cast<R*>(channel_sums() + 2 * call.channels);
+  }
+  R* column_shift() const { return column_constants() + 5 * columns; }              // (columns)
+
+  // Each column gets its channel's constant. Filled once a period, then copied.
+  template <class F> void fill(R* to, const F& of_channel) const {
+    int64_t v = 0;
+    for (int64_t c = 0; c < call.channels; ++c) {
+      const R value = R(of_channel(c));
+      for (int64_t i = 0; i < call.inner; ++i) to[v++] = value;
+    }
+    for (; v < columns; ++v) to[v] = to[v - row];
+  }
+
+  // Adds up term_a and term_b of each row for every column. term(v, i): the two packs at column v,
+  // offset i.
+  template <class Term> void sum_columns(const Term& term) const {
+    parallel(chunks * tiles, rows * columns, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t k = task / tiles, first = (task % tiles) * kTile;
+        const int64_t width = at_most(kTile, columns - first);
+        const int64_t last = at_most((k + 1) * chunk, rows);
+        double* into = partial() + k * 2 * columns + first;
+        for (int64_t v = 0; v < width; ++v) into[v] = into[columns + v] = 0;
+        alignas(64) R s[kTile], q[kTile];
+        for (int64_t r = k * chunk; r < last; r += kFlush) {
+          const int64_t stop = at_most(r + kFlush, last);
+          for (int64_t v = 0; v < width; ++v) s[v] = q[v] = R(0);
+          int64_t o = r;
+          for (; o + 4 <= stop; o += 4) {
+            const int64_t base = o * columns + first;
+            for (int64_t v = 0; v < width; v += W) {
+              P a[4], b[4];
+              for (int j = 0; j < 4; ++j) term(first + v, base + j * columns + v, a[j], b[j]);
+              store<R>(s + v, load<R>(s + v) + ((a[0] + a[1]) + (a[2] + a[3])));
+              store<R>(q + v, load<R>(q + v) + ((b[0] + b[1]) + (b[2] + b[3])));
+            }
+          }
+          for (; o < stop; ++o) {
+            const int64_t base = o * columns + first;
+            for (int64_t v = 0; v < width; v += W) {
+              P a, b;
+              term(first + v, base + v, a, b);
+              store<R>(s + v, load<R>(s + v) + a);
+              store<R>(q + v, load<R>(q + v) + b);
+            }
+          }
+          for (int64_t v = 0; v < width; ++v) into[v] += double(s[v]);
+          for (int64_t v = 0; v < width; ++v) into[columns + v] += double(q[v]);
+        }
+      }
+    });
+    // Chunks in order, then the columns of a channel in order.
+    double* total = partial();
+    for (int64_t k = 1; k < chunks; ++k) {
+      const double* part = partial() + k * 2 * columns;
+      for (int64_t v = 0; v < 2 * columns; ++v) total[v] += part[v];
+    }
+    double *s = channel_sums(), *q = s + call.channels;
+    for (int64_t c = 0; c < 2 * call.channels; ++c) s[c] = 0;
+    if (rows > 0) {
+      for (int64_t v = 0; v < columns; v += row)
+        for (int64_t c = 0; c < call.channels; ++c)
+          for (int64_t i = 0; i < call.inner; ++i) {
+            s[c] += total[v + c * call.inner + i];
+            q[c] += total[columns + v + c * call.inner + i];
+          }
+    }
+  }
+
+  // ---- moments ----------------------------------------------------------------------------------
+  void moments() const {
+    const T* x = static_cast<const T*>(call.x);
+    R* shift = column_shift();
+    // The shift of a channel: the mean of up to 16 of its values, spread over the rows.
+    const int64_t samples = at_most(16, call.outer), step = call.outer / samples;
+    double *s = channel_sums(), *q = s + call.channels;
+    for (int64_t c = 0; c < call.channels; ++c) s[c] = 0;
+    for (int64_t k = 0; k < samples; ++k)
+      for (int64_t c = 0; c < call.channels; ++c)
+        s[c] += double(to_compute(x[k * step * row + c * call.inner]));
+    fill(shift, [&](int64_t c) { return s[c] / double(samples); });
+
+    sum_columns([&](int64_t v, int64_t i, P& a, P& b) {
+      a = load<T>(x + i) - load<R>(shift + v);
+      b = a * a;
+    });
+    for (int64_t o = rest; o < call.outer; ++o)
+      for (int64_t c = 0, i = o * row; c < call.channels; ++c) {
+        const double from = double(shift[c * call.inner]);
+        for (int64_t l = 0; l < call.inner; ++l, ++i) {
+          const double d = double(to_compute(x[i])) - from;
+          s[c] += d;
+          q[c] += d * d;
+        }
+      }
+    for (int64_t c = 0; c < call.channels; ++c) {
+      MeanM2 m = finish({s[c], q[c]}, double(shift[c * call.inner]), double(n));
+      if (!m.trusted) {
+        const T* own = x + c * call.inner;
+        m = careful_moments(n, [&](int64_t i) {
+          return double(to_compute(own[i / call.inner * row + i % call.inner]));
+        });
+      }
+      write_moments(call, c, double(n), m);
+    }
+  }
+
+  // ---- maps -------------------------------------------------------------------------------------
+  Statistics statistics(int64_t c, bool train) const {
+    return train ? from_moments(call, c) : from_vectors(call, c);
+  }
+  void fill_affine(bool train) const {
+    R* k = column_constants();
+    const auto f = [&](int64_t c) { return affine<R>(call, c, statistics(c, train)); };
+    int64_t v = 0;
+    for (int64_t c = 0; c < call.channels; ++c) {
+      const Affine<R> a = f(c);
+      for (int64_t i = 0; i < call.inner; ++i, ++v) {
+        k[v] = a.centre;
+        k[columns + v] = a.scale;
+        k[2 * columns + v] = a.offset;
+      }
+    }
+    for (; v < columns; ++v)
+      for (int j = 0; j < 3; ++j) k[j * columns + v] = k[j * columns + v - row];
+  }
+
+  bool streams(const void* to) const {
+    return std::is_same_v<T, float> && uintptr_t(to) % kVectorBytes == 0 &&
+           n * call.channels * int64_t(2 * sizeof(T)) > last_level_cache_bytes();
+  }
+
+  // Calls body(v, i) for every vector: column v, offset i; and one(v, i) for the values that are
+  // left over. Backwards in rows where a pass before went forwards: the end is still in cache.
+  template <class Body, class One> void map(const Body& body, const One& one) const {
+    const int64_t stripes = at_least(1, at_most(rows, rows * columns / 8192));
+    parallel(stripes, rows * columns, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * rows / stripes, last = end * rows / stripes;
+      for (int64_t o = last; o-- > first;)
+        for (int64_t v = 0; v < columns; v += W) body(v, o * columns + v);
+      stream_end();
+    });
+    for (int64_t i = rest * row; i < call.outer * row; ++i) one(i % row, i);
+  }
+
+  template <int Act, bool Residual> void forward_all(bool train) const {
+    if (train) moments();
+    fill_affine(train);
+    const R *centre = column_constants(), *scale = centre + columns, *offset = scale + columns;
+    const T* x = static_cast<const T*>(call.x);
+    const T* r = static_cast<const T*>(call.residual);
+    T* y = static_cast<T*>(call.y);
+    const int code = call.activation;
+    const R slope = R(call.slope);
+    const auto finish = [=](P z) {
+      if constexpr (Act == kNone) return z;
+      if constexpr (Act == kReLU) return relu(z);
+      return activate<R>(code, slope, z);
+    };
+    const auto one = [=](int64_t v, int64_t i) {
+      R z = (to_compute(x[i]) - centre[v]) * scale[v] + offset[v];
+      if (Residual) z += to_compute(r[i]);
+      y[i] = from_compute<T>(finish(splat<P>(z))[0]);
+    };
+    const auto vector = [=](int64_t v, int64_t i) {
+      P z = apply<R>(load<R>(centre + v), load<R>(scale + v), load<R>(offset + v), load<T>(x + i));
+      if constexpr (Residual) z += load<T>(r + i);
+      return finish(z);
+    };
+    if (streams(y))
+      map([=](int64_t v, int64_t i) { stream<T>(y + i, vector(v, i)); }, one);
+    else
+      map([=](int64_t v, int64_t i) { store<T>(y + i, vector(v, i)); }, one);
+  }
+
+  // dz at column v, offset i; see planar.h. `get` loads from a tensor, a column constant likewise.
+  template <int Act, class V, class X, class K>
+  NW_INLINE V dz(int64_t v, int64_t i, V xv, const X& tensor, const K& constant) const {
+    const R *centre = column_constants(), *scale = centre + columns, *offset = scale + columns;
+    const V dy = tensor(static_cast<const T*>(call.dy) + i);
+    if constexpr (Act == kNone) return dy;
+    V z;
+    if (Act == -1 && call.output) {
+      z = tensor(static_cast<const T*>(call.output) + i);
+    } else {
+      z = (xv - constant(centre + v)) * constant(scale + v) + constant(offset + v);
+      if (Act == -1 && call.residual) z += tensor(static_cast<const T*>(call.residual) + i);
+    }
+    if constexpr (Act == kReLU) return z > 0 ? dy : V{};
+    return dy * activation_slope<R>(call.activation, R(call.slope), z);
+  }
+
+  template <int Act> void backward_all(bool reduce, bool input, bool train) const {
+    fill_affine(train);
+    R* k = column_constants();
+    const R *centre = k, *scale = k + columns;
+    const T* x = static_cast<const T*>(call.x);
+    // Values that are left over go through the same code as a vector with one value in all lanes.
+    const auto vector = [](const auto* p) NW_LAMBDA_INLINE { return load(p); };
+    const auto single = [](const auto* p) NW_LAMBDA_INLINE { return splat<P>(to_compute(*p)); };
+    if (reduce) {
+      sum_columns([&](int64_t v, int64_t i, P& a, P& b) {
+        const P xv = load<T>(x + i);
+        a = dz<Act>(v, i, xv, vector, vector);
+        b = a * (xv - load<R>(centre + v));
+      });
+      double *s = channel_sums(), *q = s + call.channels;
+      for (int64_t o = rest; o < call.outer; ++o)
+        for (int64_t v = 0, i = o * row; v < row; ++v, ++i) {
+          const P xv = single(x + i), g = dz<Act>(v, i, xv, single, single);
+          const int64_t c = channel_of(v);
+          s[c] += double(g[0]);
+          q[c] += double(g[0]) * (double(xv[0]) - double(centre[v]));
+        }
+      for (int64_t c = 0; c < call.channels; ++c)
+        write_sums<R>(call, c, s[c], q[c], statistics(c, train));
+    }
+    if (!input) return;
+    R *slope = k + 3 * columns, *offset = k + 4 * columns;
+    const bool constant = call.sums == nullptr;
+    fill(slope, [&](int64_t c) {
+      return constant ? R(0) : gradient<R>(call, c, statistics(c, train)).slope;
+    });
+    fill(offset, [&](int64_t c) {
+      return constant ? R(0) : gradient<R>(call, c, statistics(c, train)).offset;
+    });
+    T* dx = static_cast<T*>(call.dx);
+    T* dr = static_cast<T*>(call.dresidual);
+    const auto one = [&](int64_t v, int64_t i) {
+      const P xv = single(x + i), g = dz<Act>(v, i, xv, single, single);
+      if (dr) dr[i] = from_compute<T>(g[0]);
+      dx[i] = from_compute<T>(R(g[0] * scale[v] + ((xv[0] - centre[v]) * slope[v] + offset[v])));
+    };
+    const auto at = [&](int64_t v, int64_t i) NW_LAMBDA_INLINE {
+      const P xv = load<T>(x + i), g = dz<Act>(v, i, xv, vector, vector);
+      if (dr) store<T>(dr + i, g);
+      return g * load<R>(scale + v) +
+             ((xv - load<R>(centre + v)) * load<R>(slope + v) + load<R>(offset + v));
+    };
+    if (streams(dx))
+      map([&](int64_t v, int64_t i) { stream<T>(dx + i, at(v, i)); }, one);
+    else
+      map([&](int64_t v, int64_t i) { store<T>(dx + i, at(v, i)); }, one);
+  }
+};
+
+}  // namespace nw::NW_ISA

@@ -1,0 +1,210 @@
+// Vectors through the compiler's vector extension: one source, as wide as the instruction set.
+// Compiled once per instruction set inside a namespace of its own, so that no linker can hand the
+// code of one to another.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__F16C__) || defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#define NW_INLINE inline __attribute__((always_inline))
+#define NW_LAMBDA_INLINE __attribute__((always_inline))
+
+namespace nw::NW_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+// The type that arithmetic is done in.
+template <class T> struct ComputeOf { using type = float; };
+template <> struct ComputeOf<double> { using type = double; };
+template <class T> using Compute = typename ComputeOf<T>::type;
+
+template <class R> struct PackOf;
+template <> struct PackOf<float> {
+  typedef float type __attribute__((vector_size(kVectorBytes)));
+  typedef int32_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <> struct PackOf<double> {
+  typedef double type __attribute__((vector_size(kVectorBytes)));
+  typedef int64_t bits __attribute__((vector_size(kVectorBytes)));
+};
+template <class R> using Pack = typename PackOf<R>::type;
+template <class R> using Bits = typename PackOf<R>::bits;
+template <class R> constexpr int kLanes = kVectorBytes / int(sizeof(R));
+template <class T> constexpr int kWidth = kLanes<Compute<T>>;
+
+constexpr int kFloats = kLanes<float>;
+typedef uint16_t HalfBits __attribute__((vector_size(kFloats * 2)));
+typedef uint32_t WordBits __attribute__((vector_size(kVectorBytes)));
+
+template <class P, class S> NW_INLINE P splat(S s) { return P{} + s; }
+template <class To, class From> NW_INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+template <class R> NW_INLINE Pack<R> lane_numbers() {
+  Pack<R> p;
+  for (int i = 0; i < kLanes<R>; ++i) p[i] = R(i);
+  return p;
+}
+
+// ---- one value --------------------------------------------------------------------------------
+NW_INLINE float to_compute(float v) { return v; }
+NW_INLINE double to_compute(double v) { return v; }
+NW_INLINE float to_compute(BFloat16 v) { return bit_cast<float>(uint32_t(v.bits) << 16); }
+NW_INLINE float to_compute(Float16 v) {
+  const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // 2^-24 times the integer is exact for subnormals; others shift into place.
+  if (rest < 0x400u) return bit_cast<float>(sign | bit_cast<uint32_t>(float(rest) * 0x1p-24f));
+  return bit_cast<float>(sign | ((rest << 13) + ((127u - 15u) << 23)));
+}
+
+template <class T> NW_INLINE T from_compute(Compute<T> v);
+template <> NW_INLINE float from_compute<float>(float v) { return v; }
+template <> NW_INLINE double from_compute<double>(double v) { return v; }
+template <> NW_INLINE BFloat16 from_compute<BFloat16>(float v) {
+  const uint32_t u = bit_cast<uint32_t>(v);
+  if ((u & 0x7fffffffu) > 0x7f800000u) return {uint16_t((u >> 16) | 0x40u)};  // quiet NaN
+  return {uint16_t((u + 0x7fffu + ((u >> 16) & 1u)) >> 16)};                  // nearest even
+}
+template <> NW_INLINE Float16 from_compute<Float16>(float v) {
+  const uint32_t u = bit_cast<uint32_t>(v);
+  const uint16_t sign = uint16_t((u >> 16) & 0x8000u);
+  const uint32_t mag = u & 0x7fffffffu;
+  if (mag > 0x7f800000u) return {uint16_t(sign | 0x7e00u)};
+  if (mag >= 0x477ff000u) return {uint16_t(sign | 0x7c00u)};  // 65520 and more round to infinity
+  if (mag < 0x38800000u) {
+    // Subnormal result: adding 0.5 leaves the rounded integer in the low mantissa bits.
+    const float rounded = bit_cast<float>(mag) + 0.5f;
+    return {uint16_t(sign | uint16_t(bit_cast<uint32_t>(rounded) - 0x3f000000u))};
+  }
+  const uint32_t odd = (mag >> 13) & 1u;
+  return {uint16_t(sign | uint16_t((mag - (112u << 23) + 0xfffu + odd) >> 13))};
+}
+
+// A per-channel vector of any dtype, read as double.
+NW_INLINE double read(const Vector& v, int64_t c, double absent) {
+  if (!v.data) return absent;
+  switch (v.dtype) {
+    case kFloat32: return static_cast<const float*>(v.data)[c];
+    case kFloat64: return static_cast<const double*>(v.data)[c];
+    case kBFloat16: return to_compute(static_cast<const BFloat16*>(v.data)[c]);
+    default: return to_compute(static_cast<const Float16*>(v.data)[c]);
+  }
+}
+
+NW_INLINE void write(void* to, int dtype, int64_t c, double v) {
+  switch (dtype) {
+    case kFloat32: static_cast<float*>(to)[c] = float(v); break;
+    case kFloat64: static_cast<double*>(to)[c] = v; break;
+    case kBFloat16: static_cast<BFloat16*>(to)[c] = from_compute<BFloat16>(float(v)); break;
+    default: static_cast<Float16*>(to)[c] = from_compute<Float16>(float(v));
+  }
+}
+
+// ---- a vector of values -----------------------------------------------------------------------
+template <class T> NW_INLINE Pack<Compute<T>> load(const T* p);
+template <> NW_INLINE Pack<float> load<float>(const float* p) {
+  Pack<float> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <> NW_INLINE Pack<double> load<double>(const double* p) {
+  Pack<double> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <> NW_INLINE Pack<float> load<BFloat16>(const BFloat16* p) {
+  HalfBits h;
+  std::memcpy(&h, p, sizeof h);
+  return bit_cast<Pack<float>>(__builtin_convertvector(h, WordBits) << 16);
+}
+template <> NW_INLINE Pack<float> load<Float16>(const Float16* p) {
+#if defined(__AVX512F__)
+  return bit_cast<Pack<float>>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
+#elif defined(__F16C__)
+  return bit_cast<Pack<float>>(_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  return bit_cast<Pack<float>>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))));
+#else
+  Pack<float> v;
+  for (int i = 0; i < kFloats; ++i) v[i] = to_compute(p[i]);
+  return v;
+#endif
+}
+
+template <class T> NW_INLINE void store(T* p, Pack<Compute<T>> v);
+template <> NW_INLINE void store<float>(float* p, Pack<float> v) { std::memcpy(p, &v, sizeof v); }
+template <> NW_INLINE void store<double>(double* p, Pack<double> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+template <> NW_INLINE void store<BFloat16>(BFloat16* p, Pack<float> v) {
+  const WordBits u = bit_cast<WordBits>(v);
+  const WordBits nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const WordBits quiet = (u >> 16) | 0x40u;
+  const WordBits magnitude = u & 0x7fffffffu;
+  const HalfBits h =
+      __builtin_convertvector(magnitude > 0x7f800000u ? quiet : nearest, HalfBits);
+  std::memcpy(p, &h, sizeof h);
+}
+template <> NW_INLINE void store<Float16>(Float16* p, Pack<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON) && defined(__aarch64__)
+  vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
+#else
+  for (int i = 0; i < kFloats; ++i) p[i] = from_compute<Float16>(v[i]);
+#endif
+}
+
+// A store past the caches: p is aligned to the vector. Saves the read of the line that an ordinary
+// store to memory begins with (a third of a normalization's traffic). Half types store as usual.
+template <class T> NW_INLINE void stream(T* p, Pack<Compute<T>> v) { store<T>(p, v); }
+#if defined(__AVX512F__)
+template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
+  _mm512_stream_ps(p, bit_cast<__m512>(v));
+}
+#elif defined(__AVX__)
+template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
+  _mm256_stream_ps(p, bit_cast<__m256>(v));
+}
+#elif defined(__SSE2__)
+template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
+  _mm_stream_ps(p, bit_cast<__m128>(v));
+}
+#endif
+// Streamed lines are ordered before what the thread does next.
+NW_INLINE void stream_end() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+template <class R> NW_INLINE double lane_sum(const Pack<R>& v) {
+  double total = 0;
+  for (int i = 0; i < kLanes<R>; ++i) total += double(v[i]);
+  return total;
+}
+
+}  // namespace nw::NW_ISA

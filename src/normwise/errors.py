@@ -1,0 +1,30 @@
+"""The exceptions of normwise. Each message states the invariant, what came, and what to try.
+
+The classes inherit from the built-in exceptions that ``torch.nn`` raises in the same place, so an
+``except ValueError`` or ``except RuntimeError`` written for torch.nn goes on working.
+"""
+
+from __future__ import annotations
+
+__all__ = ["DtypeError", "InputError", "NonFiniteError", "NormwiseError", "message"]
+
+
+class NormwiseError(Exception):
+    """Base of every error that normwise raises on purpose."""
+
+
+class InputError(NormwiseError, ValueError, RuntimeError):
+    """A shape, rank, size or option that breaks an invariant of the call."""
+
+
+class DtypeError(NormwiseError, TypeError, RuntimeError):
+    """A tensor whose dtype the call does not take."""
+
+
+class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):
+    """``nonfinite='raise'`` met a batch whose statistics are not finite."""
+
+
+def message(invariant: str, got: str, hint: str) -> str:
+    """One form for all errors: ``<invariant>; got <got>. Try: <hint>.``"""
+    return f"{invariant}; got {got}. Try: {hint}."

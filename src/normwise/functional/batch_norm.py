@@ -1,0 +1,334 @@
+"""``batch_norm``: which statistics normalize, autograd, and how the running statistics move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from normwise import ops
+from normwise.activations import parse
+from normwise.errors import InputError, message
+from normwise.functional.checks import check_batch_norm, check_enough_values
+from normwise.moments import Moments
+from normwise.ops import reference
+
+__all__ = ["NONFINITE", "batch_moments", "batch_norm", "batch_norm_update"]
+
+NONFINITE = ("propagate", "skip", "raise")
+
+
+def _to_keep(
+    activation: str, residual: Tensor | None, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the backward of a fused residual needs beside x: (residual, output), one or none.
+
+    Without an activation nothing. Under relu, relu6 and leaky_relu the output, which the next
+    layer keeps anyway, tells the derivative; the other activations need the residual.
+    """
+    act = parse(activation)
+    if residual is None or act.code == 0:
+        return None, None
+    return (None, y) if act.from_output else (residual, None)
+
+
+class _TrainingNorm(torch.autograd.Function):
+    """y and moments of the batch; the backward goes through the moments, functions of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        channel_dim: int,
+        eps: float,
+        activation: str,
+    ) -> tuple[Tensor, Tensor]:
+        y, moments = ops.train_forward(
+            x, weight, bias, residual, mask, channel_dim, eps, activation
+        )
+        ctx.mark_non_differentiable(moments)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, *_to_keep(activation, residual, y), mask, moments)
+        ctx.options = (channel_dim, eps, activation)
+        return y, moments
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 8
+        x, weight, bias, residual, output, mask, moments = ctx.saved_tensors
+        channel_dim, eps, activation = ctx.options
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        backward = ops.train_backward
+        if torch.is_grad_enabled():
+            # create_graph=True: the same formulas in differentiable operations, with moments
+            # that are functions of x again.
+            moments = reference.moments(x, mask, channel_dim)
+            backward = reference.train_backward
+        dx, dresidual, dweight, dbias = backward(
+            dy, x, moments, weight, bias, residual, output, mask, channel_dim, eps, activation,
+            want_residual,
+        )  # fmt: skip
+        return (
+            dx if want_x else None,
+            dweight if want_weight else None,
+            dbias if want_bias else None,
+            dresidual if want_residual else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+class _ConstantNorm(torch.autograd.Function):
+    """y with statistics that are constants, as in eval mode."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        mask: Tensor | None,
+        channel_dim: int,
+        eps: float,
+        activation: str,
+    ) -> Tensor:
+        y = ops.normalize(x, mean, var, weight, bias, residual, mask, channel_dim, eps, activation)
+        ctx.save_for_backward(x, mean, var, weight, bias, *_to_keep(activation, residual, y), mask)
+        ctx.options = (channel_dim, eps, activation)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, var, weight, bias, residual, output, mask = ctx.saved_tensors
+        channel_dim, eps, activation = ctx.options
+        want_x, _, _, want_weight, want_bias, want_residual = ctx.needs_input_grad[:6]
+        backend: Any = reference if torch.is_grad_enabled() else ops
+        common = (dy, x, mean, var, weight, bias, residual, output, mask)
+        dx = dresidual = dweight = dbias = None
+        if want_weight or want_bias:
+            sums = backend.backward_reduce(*common, channel_dim, eps, activation)
+            dweight, dbias = reference.parameter_gradients(
+                sums, var.to(sums.dtype), weight, bias, eps
+            )
+        if want_x or want_residual:
+            dx, dresidual = backend.backward_input(
+                *common, None, None, channel_dim, eps, activation, want_residual
+            )
+        return (
+            dx if want_x else None,
+            None,
+            None,
+            dweight if want_weight else None,
+            dbias if want_bias else None,
+            dresidual if want_residual else None,
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _transformed() -> bool:
+    """Under torch.func or forward-mode AD, where plain differentiable operations must serve."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    channel_dim: int = 1,
+    num_batches_tracked: Tensor | None = None,
+    nonfinite: str = "propagate",
+    nonfinite_batches: Tensor | None = None,
+) -> Tensor:
+    r"""Batch normalization (Ioffe & Szegedy 2015, algorithm 1), for each channel :math:`c`:
+
+    .. math::
+        y = \phi\Bigl(\frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}\,\gamma_c + \beta_c + r\Bigr)
+
+    with :math:`\mu, \sigma^2` the mean and biased variance over all axes but the channel's
+    (``training=True``), or the running statistics (``training=False``). All arguments up to
+    ``eps`` are those of :func:`torch.nn.functional.batch_norm`.
+
+    Args:
+        input: shape ``(N, C, *)``, or any rank of 2 and more with ``channel_dim``; float64,
+            float32, bfloat16 or float16; any strides. The output keeps shape, dtype and layout.
+        running_mean, running_var: shape ``(C,)`` or None. In training they move in place:
+            ``running = (1 - momentum) * running + momentum * batch``, where the variance is the
+            unbiased one, ``m2 / (n - 1)``.
+        weight, bias: :math:`\gamma, \beta`, shape ``(C,)`` or None, each alone if need be.
+        training: normalize by the batch (True) or by the running statistics (False).
+        momentum: the weight of the new batch; None for the cumulative average
+            ``1 / num_batches_tracked``.
+        eps: :math:`\epsilon > 0`; 0 is allowed in eval.
+        residual: :math:`r`, the shape of ``input``, added before the activation.
+        mask: boolean, rank of ``input``, size 1 on the channel axis and broadcastable over the
+            others; False elements stay out of the statistics and come out as 0.
+        activation: :math:`\phi`: 'relu', 'relu6', 'leaky_relu' or 'leaky_relu(0.2)', 'hardswish',
+            'silu', 'gelu', 'sigmoid', 'tanh', or None.
+        channel_dim: the axis that is kept, -1 for channel-last data.
+        num_batches_tracked: int64 scalar, incremented in training if given.
+        nonfinite: what a training batch with inf or NaN does to the running statistics:
+            'propagate' (as torch.nn), 'skip' (they stay, ``nonfinite_batches`` counts it) or
+            'raise' (:class:`~normwise.errors.NonFiniteError`, they stay).
+        nonfinite_batches: int64 scalar, incremented for each such batch if given.
+
+    Raises:
+        InputError: shape, rank, size or option (a ValueError and a RuntimeError, as in torch.nn).
+        DtypeError: an integer input, a mask that is not boolean.
+
+    Statistics are taken in float64 on CPU and CUDA. First derivatives run on the kernels; higher
+    derivatives, forward mode and ``torch.func`` go through plain differentiable operations.
+    """
+    axis = check_batch_norm(
+        input, running_mean, running_var, weight, bias, residual, mask, channel_dim, training, eps
+    )
+    act = "none" if activation is None else activation
+    parse(act)
+    if not training:
+        assert running_mean is not None
+        assert running_var is not None
+        return _normalize(
+            input, running_mean, running_var, weight, bias, residual, mask, axis, eps, act
+        )
+    if mask is None:
+        check_enough_values(input, axis)
+    if nonfinite not in NONFINITE:
+        raise InputError(
+            message("nonfinite names a policy", repr(nonfinite), f"one of {NONFINITE}")
+        )
+    y, moments = _train(input, weight, bias, residual, mask, axis, eps, act)
+    if running_mean is not None and running_var is not None:
+        update = reference.update_running if _transformed() else ops.update_running
+        update(
+            running_mean, running_var, num_batches_tracked, nonfinite_batches, moments.detach(),
+            momentum, nonfinite,
+        )  # fmt: skip
+    elif nonfinite == "raise":
+        reference.raise_if_nonfinite(moments)
+    return y
+
+
+def _train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    axis: int,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, moments) by the batch's statistics, differentiable."""
+    if _transformed():
+        return reference.train_forward(x, weight, bias, residual, mask, axis, eps, activation)
+    if torch.is_grad_enabled():
+        result: tuple[Tensor, Tensor] = _TrainingNorm.apply(
+            x, weight, bias, residual, mask, axis, eps, activation
+        )
+        return result
+    return ops.train_forward(x, weight, bias, residual, mask, axis, eps, activation)
+
+
+def _normalize(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    axis: int,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """y by given statistics, differentiable in everything but the statistics; in these too where
+    they ask for a gradient."""
+    common = (x, mean, var, weight, bias, residual, mask, axis, eps, activation)
+    if _transformed() or mean.requires_grad or var.requires_grad:
+        return reference.normalize(*common)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    ):
+        y: Tensor = _ConstantNorm.apply(*common)
+        return y
+    return ops.normalize(*common)
+
+
+def batch_norm_update(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    activation: str | None = None,
+    channel_dim: int = 1,
+    nonfinite: str = "propagate",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Training batch norm without side effects: ``(y, new_running_mean, new_running_var)``.
+
+    The pure form for ``torch.func``: under ``vmap`` each member of an ensemble gets its own new
+    running statistics. Arguments and errors as in :func:`batch_norm`.
+    """
+    axis = check_batch_norm(
+        input, running_mean, running_var, weight, bias, residual, mask, channel_dim, True, eps
+    )
+    if mask is None:
+        check_enough_values(input, axis)
+    act = "none" if activation is None else activation
+    y, moments = _train(input, weight, bias, residual, mask, axis, eps, act)
+    new_mean, new_var, _, _ = reference.updated_running(
+        running_mean, running_var, None, moments.detach(), momentum, nonfinite
+    )
+    return y, new_mean, new_var
+
+
+def batch_moments(x: Tensor, channel_dim: int = 1, mask: Tensor | None = None) -> Moments:
+    """Moments of ``x`` for each channel, over all other axes.
+
+    Args:
+        x: floating tensor of rank 2 or more.
+        channel_dim: the axis that is kept.
+        mask: boolean, size 1 on the channel axis, broadcastable over the others.
+
+    Returns:
+        Moments with ``mean`` and ``m2`` of shape ``(C,)`` and one ``count`` for all channels.
+
+    Example:
+        >>> import torch, normwise as nw
+        >>> m = nw.functional.batch_moments(torch.tensor([[1.0, 10.0], [3.0, 10.0]]))
+        >>> int(m.count), m.mean.tolist(), m.variance().tolist()
+        (2, [2.0, 10.0], [1.0, 0.0])
+    """
+    axis = check_batch_norm(x, None, None, None, None, None, mask, channel_dim, True, 1.0)
+    packed = (
+        reference.moments(x, mask, axis)
+        if _transformed() or (torch.is_grad_enabled() and x.requires_grad)
+        else ops.moments(x, mask, axis)
+    )
+    if mask is None:
+        count = torch.full((), x.numel() // max(x.shape[axis], 1), device=x.device)
+    else:
+        count = mask.expand(*(1 if d == axis else n for d, n in enumerate(x.shape))).sum()
+    return Moments(count, packed[1], packed[2])

@@ -1,0 +1,30 @@
+"""Operators of normwise: one schema, several backends. Functions here are what upper layers call.
+
+``moments``, ``normalize``, ``train_forward``, ``update_running``, ``backward_reduce``,
+``backward_input``, ``train_backward``: see :mod:`normwise.ops.schema` for what each computes.
+"""
+
+from normwise.ops.backends import BackendStatus, backends
+from normwise.ops.dispatch import (
+    OPERATORS,
+    backward_input,
+    backward_reduce,
+    moments,
+    normalize,
+    train_backward,
+    train_forward,
+    update_running,
+)
+
+__all__ = [
+    "OPERATORS",
+    "BackendStatus",
+    "backends",
+    "backward_input",
+    "backward_reduce",
+    "moments",
+    "normalize",
+    "train_backward",
+    "train_forward",
+    "update_running",
+]
