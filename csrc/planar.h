@@ -57,8 +57,7 @@ template <class T> struct Planar {
   // ---- moments ----------------------------------------------------------------------------------
   double sample_mean(int64_t c) const {
     const T* x = static_cast<const T*>(call.x);
-    constexpr int64_t kSamples = 16;
-    const int64_t count = n < kSamples ? n : kSamples, step = n / count;
+    const int64_t count = sample_count(n), step = n / count;
     double total = 0;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t at = i * step, o = at / call.inner;
@@ -81,11 +80,11 @@ template <class T> struct Planar {
       for (int j = 0; j < 4; ++j) s[j] = q[j] = P{};
       used = 0;
     };
-    const auto add = [&](int j, P v) {
+    const auto add = [&](int j, P v) NW_LAMBDA_INLINE {
       s[j] += v;
       q[j] += v * v;
     };
-    runs(c, k, [&](int64_t at, int64_t length) {
+    runs(c, k, [&](int64_t at, int64_t length) NW_LAMBDA_INLINE {
       const T* p = x + at;
       int64_t left = length;
       while (left >= 4 * W) {
@@ -114,12 +113,9 @@ template <class T> struct Planar {
 
   void finish_channel(int64_t c, ShiftedSums sums, R shift) const {
     MeanM2 m = finish(sums, double(shift), double(n));
-    if (!m.trusted) {
-      const T* x = static_cast<const T*>(call.x) + c * call.inner;
-      m = careful_moments(n, [&](int64_t i) {
-        return double(to_compute(x[i / call.inner * stride + i % call.inner]));
-      });
-    }
+    if (!m.trusted)
+      m = careful_moments(static_cast<const T*>(call.x) + c * call.inner, call.outer, stride,
+                          call.inner);
     write_moments(call, c, double(n), m);
   }
 
@@ -187,8 +183,8 @@ template <class T> struct Planar {
     T* y = static_cast<T*>(call.y);
     const int code = call.activation;
     const R slope = R(call.slope);
-    runs(c, k, [&](int64_t at, int64_t length) {
-      const auto one = [&](int64_t i) {
+    runs(c, k, [=, this](int64_t at, int64_t length) NW_LAMBDA_INLINE {
+      const auto one = [=, this](int64_t i) NW_LAMBDA_INLINE {
         return forward<Act, Residual>(f, code, slope, x + at + i, Residual ? r + at + i : nullptr);
       };
       int64_t i = 0;
@@ -237,26 +233,14 @@ template <class T> struct Planar {
   }
 
   // ---- backward ---------------------------------------------------------------------------------
-  // dz at offset i. Act: kNone, kReLU (z rebuilt from x), or -1: any activation, and z from the
-  // output where that is given, else from x and the residual.
-  template <int Act> NW_INLINE P dz(const Affine<R>& f, int64_t i, P xv) const {
-    const P dy = load<T>(static_cast<const T*>(call.dy) + i);
-    if constexpr (Act == kNone) return dy;
-    if constexpr (Act == kReLU) return apply<R>(f, xv) > 0 ? dy : P{};
-    P z;
-    if (call.output) {
-      z = load<T>(static_cast<const T*>(call.output) + i);
-    } else {
-      z = apply<R>(f, xv);
-      if (call.residual) z += load<T>(static_cast<const T*>(call.residual) + i);
-    }
-    return dy * activation_slope<R>(call.activation, R(call.slope), z);
-  }
-
   template <int Act> ShiftedSums chunk_gradient_sums(int64_t c, int64_t k, Statistics st) const {
     const Affine<R> f = affine<R>(call, c, st);
+    const Upstream<T> up(call);
     const T* x = static_cast<const T*>(call.x);
     const P lane = lane_numbers<R>();
+    const auto dz = [=](int64_t i, P xv) NW_LAMBDA_INLINE {
+      return up.template dz<Act>(i, LoadVector{}, [=] { return apply<R>(f, xv); });
+    };
     P s[2] = {}, q[2] = {};
     ShiftedSums total;
     int64_t used = 0;
@@ -266,11 +250,11 @@ template <class T> struct Planar {
       for (int j = 0; j < 2; ++j) s[j] = q[j] = P{};
       used = 0;
     };
-    runs(c, k, [&](int64_t at, int64_t length) {
+    runs(c, k, [&](int64_t at, int64_t length) NW_LAMBDA_INLINE {
       int64_t i = 0;
-      const auto add = [&](int j, int64_t i) {
+      const auto add = [&](int j, int64_t i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + at + i);
-        const P g = dz<Act>(f, at + i, xv);
+        const P g = dz(at + i, xv);
         s[j] += g;
         q[j] += g * (xv - f.centre);
       };
@@ -290,7 +274,7 @@ template <class T> struct Planar {
       }
       if (i < length) {
         const P xv = load<T>(x + at + length - W);
-        const P g = dz<Act>(f, at + length - W, xv);
+        const P g = dz(at + length - W, xv);
         const P kept = lane >= R(W - (length - i)) ? g : P{};
         s[1] += kept;
         // Not kept * (x - centre): 0 * inf of a lane that belongs to the previous vector is NaN.
@@ -307,15 +291,17 @@ template <class T> struct Planar {
     const Affine<R> f = affine<R>(call, c, st);
     const Gradient<R> g =
         call.sums ? gradient<R>(call, c, st) : Gradient<R>{R(0), R(0)};
+    const Upstream<T> up(call);
     const T* x = static_cast<const T*>(call.x);
     T* dx = static_cast<T*>(call.dx);
     T* dr = static_cast<T*>(call.dresidual);
-    runs(c, k, [&](int64_t at, int64_t length) {
-      const auto one = [&](int64_t i) {
+    runs(c, k, [=](int64_t at, int64_t length) NW_LAMBDA_INLINE {
+      const auto one = [=](int64_t i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + at + i);
-        const P z = dz<Act>(f, at + i, xv);
+        const P z =
+            up.template dz<Act>(at + i, LoadVector{}, [=] { return apply<R>(f, xv); });
         if (dr) store<T>(dr + at + i, z);
-        return z * f.scale + ((xv - f.centre) * g.slope + g.offset);
+        return (z - ((xv - f.centre) * g.slope + g.offset)) * f.scale;
       };
       int64_t i = 0;
       if (streaming) {

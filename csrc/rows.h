@@ -59,29 +59,38 @@ template <class T> struct Rows {
   // ---- scratch: shift, sums of the chunks, constants of the columns ------------------------------
   int64_t sums_count() const { return at_least(chunks, 1) * 2 * columns; }
   int64_t scratch_bytes() const {
-    return int64_t(sizeof(double)) * (sums_count() + 2 * call.channels + 6 * columns) + 64;
+    return int64_t(sizeof(double)) * (sums_count() + 3 * call.channels + 6 * columns) + 64;
   }
   double* partial() const { return static_cast<double*>(call.scratch); }
   double* channel_sums() const { return partial() + sums_count(); }                 // (2, channels)
+  double* rstd() const { return channel_sums() + 2 * call.channels; }                // (channels)
   R* column_constants() const {                                                     // (5, columns)
-    return reinterpret_cast<R*>(channel_sums() + 2 * call.channels);
+    return reinterpret_cast<R*>(rstd() + call.channels);
   }
   R* column_shift() const { return column_constants() + 5 * columns; }              // (columns)
 
-  // Each column gets its channel's constant. Filled once a period, then copied.
-  template <class F> void fill(R* to, const F& of_channel) const {
+  // Each column gets its channel's constants, `Count` of them: of_channel(c, values) computes them
+  // once a channel; column v's lie at to[v], to[columns + v], …
+  template <int Count, class F> void fill(R* to, const F& of_channel) const {
     int64_t v = 0;
     for (int64_t c = 0; c < call.channels; ++c) {
-      const R value = R(of_channel(c));
-      for (int64_t i = 0; i < call.inner; ++i) to[v++] = value;
+      R values[Count];
+      of_channel(c, values);
+      for (int64_t i = 0; i < call.inner; ++i, ++v)
+        for (int j = 0; j < Count; ++j) to[j * columns + v] = values[j];
     }
-    for (; v < columns; ++v) to[v] = to[v - row];
+    for (int j = 0; j < Count; ++j) {
+      R* part = to + j * columns;
+      for (int64_t u = v; u < columns; ++u) part[u] = part[u - row];
+    }
   }
 
   // Adds up term_a and term_b of each row for every column. term(v, i): the two packs at column v,
   // offset i.
-  template <class Term> void sum_columns(const Term& term) const {
-    parallel(chunks * tiles, rows * columns, [&](int64_t begin, int64_t end) {
+  template <class Term> void sum_columns(const Term& term_) const {
+    parallel(chunks * tiles, rows * columns, [=, this](int64_t begin, int64_t end) {
+      const Term term = term_;
+      const int64_t columns = this->columns;
       for (int64_t task = begin; task < end; ++task) {
         const int64_t k = task / tiles, first = (task % tiles) * kTile;
         const int64_t width = at_most(kTile, columns - first);
@@ -138,16 +147,16 @@ template <class T> struct Rows {
   void moments() const {
     const T* x = static_cast<const T*>(call.x);
     R* shift = column_shift();
-    // The shift of a channel: the mean of up to 16 of its values, spread over the rows.
-    const int64_t samples = at_most(16, call.outer), step = call.outer / samples;
+    // The shift of a channel: the mean of some of its values, spread over the rows.
+    const int64_t samples = sample_count(call.outer), step = call.outer / samples;
     double *s = channel_sums(), *q = s + call.channels;
     for (int64_t c = 0; c < call.channels; ++c) s[c] = 0;
     for (int64_t k = 0; k < samples; ++k)
       for (int64_t c = 0; c < call.channels; ++c)
         s[c] += double(to_compute(x[k * step * row + c * call.inner]));
-    fill(shift, [&](int64_t c) { return s[c] / double(samples); });
+    fill<1>(shift, [&](int64_t c, R* to) { to[0] = R(s[c] / double(samples)); });
 
-    sum_columns([&](int64_t v, int64_t i, P& a, P& b) {
+    sum_columns([=](int64_t v, int64_t i, P& a, P& b) NW_LAMBDA_INLINE {
       a = load<T>(x + i) - load<R>(shift + v);
       b = a * a;
     });
@@ -162,34 +171,31 @@ template <class T> struct Rows {
       }
     for (int64_t c = 0; c < call.channels; ++c) {
       MeanM2 m = finish({s[c], q[c]}, double(shift[c * call.inner]), double(n));
-      if (!m.trusted) {
-        const T* own = x + c * call.inner;
-        m = careful_moments(n, [&](int64_t i) {
-          return double(to_compute(own[i / call.inner * row + i % call.inner]));
-        });
-      }
+      if (!m.trusted) m = careful_moments(x + c * call.inner, call.outer, row, call.inner);
       write_moments(call, c, double(n), m);
     }
   }
 
   // ---- maps -------------------------------------------------------------------------------------
   Statistics statistics(int64_t c, bool train) const {
-    return train ? from_moments(call, c) : from_vectors(call, c);
+    return {train ? call.moments[call.channels + c] : read(call.mean, c, 0), rstd()[c]};
   }
   void fill_affine(bool train) const {
-    R* k = column_constants();
-    const auto f = [&](int64_t c) { return affine<R>(call, c, statistics(c, train)); };
-    int64_t v = 0;
-    for (int64_t c = 0; c < call.channels; ++c) {
-      const Affine<R> a = f(c);
-      for (int64_t i = 0; i < call.inner; ++i, ++v) {
-        k[v] = a.centre;
-        k[columns + v] = a.scale;
-        k[2 * columns + v] = a.offset;
-      }
+    double* r = rstd();
+    if (train) {  // a loop of its own, which the compiler turns into vector roots and divisions
+      const double *count = call.moments, *m2 = count + 2 * call.channels;
+      for (int64_t c = 0; c < call.channels; ++c)
+        r[c] = 1 / std::sqrt(m2[c] / count[c] + call.eps);
+    } else {
+      for (int64_t c = 0; c < call.channels; ++c)
+        r[c] = 1 / std::sqrt(read(call.var, c, 1) + call.eps);
     }
-    for (; v < columns; ++v)
-      for (int j = 0; j < 3; ++j) k[j * columns + v] = k[j * columns + v - row];
+    fill<3>(column_constants(), [&](int64_t c, R* to) {
+      const Affine<R> f = affine<R>(call, c, statistics(c, train));
+      to[0] = f.centre;
+      to[1] = f.scale;
+      to[2] = f.offset;
+    });
   }
 
   bool streams(const void* to) const {
@@ -201,10 +207,12 @@ template <class T> struct Rows {
   // left over. Backwards in rows where a pass before went forwards: the end is still in cache.
   template <class Body, class One> void map(const Body& body, const One& one) const {
     const int64_t stripes = at_least(1, at_most(rows, rows * columns / 8192));
-    parallel(stripes, rows * columns, [&](int64_t begin, int64_t end) {
+    parallel(stripes, rows * columns, [=, this](int64_t begin, int64_t end) {
+      const int64_t columns = this->columns;
       const int64_t first = begin * rows / stripes, last = end * rows / stripes;
+      const Body each = body;
       for (int64_t o = last; o-- > first;)
-        for (int64_t v = 0; v < columns; v += W) body(v, o * columns + v);
+        for (int64_t v = 0; v < columns; v += W) each(v, o * columns + v);
       stream_end();
     });
     for (int64_t i = rest * row; i < call.outer * row; ++i) one(i % row, i);
@@ -219,7 +227,7 @@ template <class T> struct Rows {
     T* y = static_cast<T*>(call.y);
     const int code = call.activation;
     const R slope = R(call.slope);
-    const auto finish = [=](P z) {
+    const auto finish = [=](P z) NW_LAMBDA_INLINE {
       if constexpr (Act == kNone) return z;
       if constexpr (Act == kReLU) return relu(z);
       return activate<R>(code, slope, z);
@@ -229,52 +237,45 @@ template <class T> struct Rows {
       if (Residual) z += to_compute(r[i]);
       y[i] = from_compute<T>(finish(splat<P>(z))[0]);
     };
-    const auto vector = [=](int64_t v, int64_t i) {
+    const auto vector = [=](int64_t v, int64_t i) NW_LAMBDA_INLINE {
       P z = apply<R>(load<R>(centre + v), load<R>(scale + v), load<R>(offset + v), load<T>(x + i));
       if constexpr (Residual) z += load<T>(r + i);
       return finish(z);
     };
     if (streams(y))
-      map([=](int64_t v, int64_t i) { stream<T>(y + i, vector(v, i)); }, one);
+      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { stream<T>(y + i, vector(v, i)); }, one);
     else
-      map([=](int64_t v, int64_t i) { store<T>(y + i, vector(v, i)); }, one);
-  }
-
-  // dz at column v, offset i; see planar.h. `get` loads from a tensor, a column constant likewise.
-  template <int Act, class V, class X, class K>
-  NW_INLINE V dz(int64_t v, int64_t i, V xv, const X& tensor, const K& constant) const {
-    const R *centre = column_constants(), *scale = centre + columns, *offset = scale + columns;
-    const V dy = tensor(static_cast<const T*>(call.dy) + i);
-    if constexpr (Act == kNone) return dy;
-    V z;
-    if (Act == -1 && call.output) {
-      z = tensor(static_cast<const T*>(call.output) + i);
-    } else {
-      z = (xv - constant(centre + v)) * constant(scale + v) + constant(offset + v);
-      if (Act == -1 && call.residual) z += tensor(static_cast<const T*>(call.residual) + i);
-    }
-    if constexpr (Act == kReLU) return z > 0 ? dy : V{};
-    return dy * activation_slope<R>(call.activation, R(call.slope), z);
+      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { store<T>(y + i, vector(v, i)); }, one);
   }
 
   template <int Act> void backward_all(bool reduce, bool input, bool train) const {
     fill_affine(train);
     R* k = column_constants();
-    const R *centre = k, *scale = k + columns;
+    const R *centre = k, *scale = k + columns, *shift = k + 2 * columns;
     const T* x = static_cast<const T*>(call.x);
-    // Values that are left over go through the same code as a vector with one value in all lanes.
-    const auto vector = [](const auto* p) NW_LAMBDA_INLINE { return load(p); };
-    const auto single = [](const auto* p) NW_LAMBDA_INLINE { return splat<P>(to_compute(*p)); };
+    const Upstream<T> up(call);
+    const auto dz = [=](int64_t v, int64_t i, P xv) NW_LAMBDA_INLINE {
+      return up.template dz<Act>(i, LoadVector{}, [=] {
+        return apply<R>(load<R>(centre + v), load<R>(scale + v), load<R>(shift + v), xv);
+      });
+    };
+    // Values that are left over go through the same code, one value in all lanes.
+    const LoadOne single;
+    const auto dz_one = [=](int64_t v, int64_t i, P xv) {
+      return up.template dz<Act>(i, single, [=] {
+        return apply<R>(single(centre + v), single(scale + v), single(shift + v), xv);
+      });
+    };
     if (reduce) {
-      sum_columns([&](int64_t v, int64_t i, P& a, P& b) {
+      sum_columns([=](int64_t v, int64_t i, P& a, P& b) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
-        a = dz<Act>(v, i, xv, vector, vector);
+        a = dz(v, i, xv);
         b = a * (xv - load<R>(centre + v));
       });
       double *s = channel_sums(), *q = s + call.channels;
       for (int64_t o = rest; o < call.outer; ++o)
         for (int64_t v = 0, i = o * row; v < row; ++v, ++i) {
-          const P xv = single(x + i), g = dz<Act>(v, i, xv, single, single);
+          const P xv = single(x + i), g = dz_one(v, i, xv);
           const int64_t c = channel_of(v);
           s[c] += double(g[0]);
           q[c] += double(g[0]) * (double(xv[0]) - double(centre[v]));
@@ -284,30 +285,29 @@ template <class T> struct Rows {
     }
     if (!input) return;
     R *slope = k + 3 * columns, *offset = k + 4 * columns;
-    const bool constant = call.sums == nullptr;
-    fill(slope, [&](int64_t c) {
-      return constant ? R(0) : gradient<R>(call, c, statistics(c, train)).slope;
-    });
-    fill(offset, [&](int64_t c) {
-      return constant ? R(0) : gradient<R>(call, c, statistics(c, train)).offset;
+    fill<2>(slope, [&](int64_t c, R* to) {
+      const Gradient<R> g = call.sums ? gradient<R>(call, c, statistics(c, train))
+                                      : Gradient<R>{R(0), R(0)};
+      to[0] = g.slope;
+      to[1] = g.offset;
     });
     T* dx = static_cast<T*>(call.dx);
     T* dr = static_cast<T*>(call.dresidual);
-    const auto one = [&](int64_t v, int64_t i) {
-      const P xv = single(x + i), g = dz<Act>(v, i, xv, single, single);
+    const auto one = [=](int64_t v, int64_t i) {
+      const P xv = single(x + i), g = dz_one(v, i, xv);
       if (dr) dr[i] = from_compute<T>(g[0]);
-      dx[i] = from_compute<T>(R(g[0] * scale[v] + ((xv[0] - centre[v]) * slope[v] + offset[v])));
+      dx[i] = from_compute<T>(R((g[0] - ((xv[0] - centre[v]) * slope[v] + offset[v])) * scale[v]));
     };
-    const auto at = [&](int64_t v, int64_t i) NW_LAMBDA_INLINE {
-      const P xv = load<T>(x + i), g = dz<Act>(v, i, xv, vector, vector);
+    const auto at = [=](int64_t v, int64_t i) NW_LAMBDA_INLINE {
+      const P xv = load<T>(x + i), g = dz(v, i, xv);
       if (dr) store<T>(dr + i, g);
-      return g * load<R>(scale + v) +
-             ((xv - load<R>(centre + v)) * load<R>(slope + v) + load<R>(offset + v));
+      return (g - ((xv - load<R>(centre + v)) * load<R>(slope + v) + load<R>(offset + v))) *
+             load<R>(scale + v);
     };
     if (streams(dx))
-      map([&](int64_t v, int64_t i) { stream<T>(dx + i, at(v, i)); }, one);
+      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { stream<T>(dx + i, at(v, i)); }, one);
     else
-      map([&](int64_t v, int64_t i) { store<T>(dx + i, at(v, i)); }, one);
+      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { store<T>(dx + i, at(v, i)); }, one);
   }
 };
 

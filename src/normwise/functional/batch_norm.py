@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from normwise import ops
-from normwise.activations import parse
+from normwise.activations import ACTIVATIONS, parse
 from normwise.errors import InputError, message
 from normwise.functional.checks import check_batch_norm, check_enough_values
 from normwise.moments import Moments
@@ -20,9 +20,10 @@ __all__ = ["NONFINITE", "batch_moments", "batch_norm", "batch_norm_update"]
 NONFINITE = ("propagate", "skip", "raise")
 
 
-def _to_keep(
-    activation: str, residual: Tensor | None, y: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+_NOTHING = (None, None, None)
+
+
+def _to_keep(activation: str, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """What the backward of a fused residual needs beside x: (residual, output), one or none.
 
     Without an activation nothing. Under relu, relu6 and leaky_relu the output, which the next
@@ -34,8 +35,42 @@ def _to_keep(
     return (None, y) if act.from_output else (residual, None)
 
 
+def _train_step(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    nonfinite_batches: Tensor | None,
+    channel_dim: int,
+    eps: float,
+    activation: str,
+    momentum: float | None,
+    nonfinite: str,
+) -> tuple[Tensor, Tensor]:
+    """(y, moments) by the batch's statistics; the running ones move."""
+    y, moments = ops.train_forward(x, weight, bias, residual, mask, channel_dim, eps, activation)
+    if running_mean is not None:
+        ops.update_running(
+            running_mean, running_var, tracked, nonfinite_batches, moments, momentum, nonfinite
+        )
+    else:
+        if nonfinite == "raise":
+            reference.raise_if_nonfinite(moments)
+        if tracked is not None:
+            tracked.add_(1)  # torch.nn counts without running statistics too
+    return y, moments
+
+
 class _TrainingNorm(torch.autograd.Function):
-    """y and moments of the batch; the backward goes through the moments, functions of x."""
+    """`_train_step`, whose backward goes through the moments: they are functions of x.
+
+    The running statistics move inside, so that only y is an output: each further output costs
+    autograd 2 us.
+    """
 
     @staticmethod
     def forward(
@@ -45,26 +80,34 @@ class _TrainingNorm(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         mask: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        tracked: Tensor | None,
+        nonfinite_batches: Tensor | None,
         channel_dim: int,
         eps: float,
         activation: str,
-    ) -> tuple[Tensor, Tensor]:
-        y, moments = ops.train_forward(
-            x, weight, bias, residual, mask, channel_dim, eps, activation
-        )
-        ctx.mark_non_differentiable(moments)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, *_to_keep(activation, residual, y), mask, moments)
+        momentum: float | None,
+        nonfinite: str,
+    ) -> Tensor:
+        y, moments = _train_step(
+            x, weight, bias, residual, mask, running_mean, running_var, tracked,
+            nonfinite_batches, channel_dim, eps, activation, momentum, nonfinite,
+        )  # fmt: skip
+        if residual is None and mask is None:  # fewer names to save and unpack: 1 us
+            ctx.save_for_backward(x, weight, bias, moments)
+        else:
+            kept = _to_keep(activation, residual, y)
+            ctx.save_for_backward(x, weight, bias, moments, *kept, mask)
         ctx.options = (channel_dim, eps, activation)
-        return y, moments
+        return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 8
-        x, weight, bias, residual, output, mask, moments = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, moments, *others = ctx.saved_tensors
+        residual, output, mask = others or _NOTHING
         channel_dim, eps, activation = ctx.options
-        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        want_x, want_weight, want_bias, want_residual, *_ = ctx.needs_input_grad
         backward = ops.train_backward
         if torch.is_grad_enabled():
             # create_graph=True: the same formulas in differentiable operations, with moments
@@ -80,7 +123,7 @@ class _TrainingNorm(torch.autograd.Function):
             dweight if want_weight else None,
             dbias if want_bias else None,
             dresidual if want_residual else None,
-            None, None, None, None,
+            None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -108,7 +151,8 @@ class _ConstantNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, weight, bias, residual, output, mask = ctx.saved_tensors
+        x, mean, var, weight, bias, *others = ctx.saved_tensors
+        residual, output, mask = others or _NOTHING
         channel_dim, eps, activation = ctx.options
         want_x, _, _, want_weight, want_bias, want_residual = ctx.needs_input_grad[:6]
         backend: Any = reference if torch.is_grad_enabled() else ops
@@ -134,9 +178,19 @@ class _ConstantNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
+# Function.apply binds the signature and looks for dead functorch wrappers in Python (4 us); eager
+# calls go to the C++ half directly. Compilers must see the class's own apply.
+_apply_training = super(torch.autograd.Function, _TrainingNorm).apply
+_apply_constant = super(torch.autograd.Function, _ConstantNorm).apply
+
+
 def _transformed() -> bool:
-    """Under torch.func or forward-mode AD, where plain differentiable operations must serve."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Under torch.func, forward-mode AD or torch.jit.trace, where plain operations must serve."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def batch_norm(
@@ -200,7 +254,8 @@ def batch_norm(
         input, running_mean, running_var, weight, bias, residual, mask, channel_dim, training, eps
     )
     act = "none" if activation is None else activation
-    parse(act)
+    if act not in ACTIVATIONS:
+        parse(act)
     if not training:
         assert running_mean is not None
         assert running_var is not None
@@ -209,41 +264,28 @@ def batch_norm(
         )
     if mask is None:
         check_enough_values(input, axis)
+        if num_batches_tracked is not None and input.numel() == 0:
+            num_batches_tracked.add_(1)  # as torch.nn counts an empty batch; nothing else moves
     if nonfinite not in NONFINITE:
         raise InputError(
             message("nonfinite names a policy", repr(nonfinite), f"one of {NONFINITE}")
         )
-    y, moments = _train(input, weight, bias, residual, mask, axis, eps, act)
-    if running_mean is not None and running_var is not None:
-        update = reference.update_running if _transformed() else ops.update_running
-        update(
-            running_mean, running_var, num_batches_tracked, nonfinite_batches, moments.detach(),
-            momentum, nonfinite,
-        )  # fmt: skip
-    elif nonfinite == "raise":
-        reference.raise_if_nonfinite(moments)
-    return y
-
-
-def _train(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mask: Tensor | None,
-    axis: int,
-    eps: float,
-    activation: str,
-) -> tuple[Tensor, Tensor]:
-    """(y, moments) by the batch's statistics, differentiable."""
-    if _transformed():
-        return reference.train_forward(x, weight, bias, residual, mask, axis, eps, activation)
-    if torch.is_grad_enabled():
-        result: tuple[Tensor, Tensor] = _TrainingNorm.apply(
-            x, weight, bias, residual, mask, axis, eps, activation
-        )
-        return result
-    return ops.train_forward(x, weight, bias, residual, mask, axis, eps, activation)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _transformed():
+        y, moments = reference.train_forward(input, weight, bias, residual, mask, axis, eps, act)
+        if running_mean is not None and running_var is not None:
+            reference.update_running(
+                running_mean, running_var, num_batches_tracked, nonfinite_batches,
+                moments.detach(), momentum, nonfinite,
+            )  # fmt: skip
+        return y
+    arguments = (
+        input, weight, bias, residual, mask, running_mean, running_var, num_batches_tracked,
+        nonfinite_batches, axis, eps, act, momentum, nonfinite,
+    )  # fmt: skip
+    if not torch.is_grad_enabled():
+        return _train_step(*arguments)[0]
+    return _TrainingNorm.apply(*arguments) if compiling else _apply_training(*arguments)
 
 
 def _normalize(
@@ -261,14 +303,21 @@ def _normalize(
     """y by given statistics, differentiable in everything but the statistics; in these too where
     they ask for a gradient."""
     common = (x, mean, var, weight, bias, residual, mask, axis, eps, activation)
-    if _transformed() or mean.requires_grad or var.requires_grad:
+    compiling = torch.compiler.is_compiling()
+    if not compiling and _transformed():
         return reference.normalize(*common)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    if not torch.is_grad_enabled():
+        return ops.normalize(*common)
+    if mean.requires_grad or var.requires_grad:
+        return reference.normalize(*common)
+    if not (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
-        y: Tensor = _ConstantNorm.apply(*common)
-        return y
-    return ops.normalize(*common)
+        return ops.normalize(*common)
+    return _ConstantNorm.apply(*common) if compiling else _apply_constant(*common)
 
 
 def batch_norm_update(
@@ -297,7 +346,7 @@ def batch_norm_update(
     if mask is None:
         check_enough_values(input, axis)
     act = "none" if activation is None else activation
-    y, moments = _train(input, weight, bias, residual, mask, axis, eps, act)
+    y, moments = reference.train_forward(input, weight, bias, residual, mask, axis, eps, act)
     new_mean, new_var, _, _ = reference.updated_running(
         running_mean, running_var, None, moments.detach(), momentum, nonfinite
     )

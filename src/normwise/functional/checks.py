@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from normwise.errors import DtypeError, InputError, message
@@ -13,15 +14,16 @@ def _shape(t: Tensor) -> str:
     return str(tuple(t.shape))
 
 
-def _check_vector(name: str, v: Tensor | None, channels: int, x: Tensor, channel_dim: int) -> None:
-    if v is None or (v.dim() == 1 and v.shape[0] == channels):
+def _explain_vector(name: str, v: Tensor | None, x: Tensor, axis: int) -> None:
+    want = (x.shape[axis],)
+    if v is None or v.shape == want:
         return
     raise InputError(
         message(
-            f"{name} has one value for each channel, shape ({channels},)",
+            f"{name} has one value for each channel, shape {tuple(want)}",
             f"{name} of shape {_shape(v)} for an input of shape {_shape(x)}, whose channel axis is "
-            f"{channel_dim}",
-            f"num_features={channels}, or channel_dim= if the channels lie on another axis",
+            f"{axis}",
+            f"num_features={want[0]}, or channel_dim= if the channels lie on another axis",
         )
     )
 
@@ -65,14 +67,17 @@ def check_batch_norm(
                 "x.float()",
             )
         )
-    channels = x.shape[axis]
-    for name, v in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
+    want = (x.shape[axis],)
+    if (
+        (weight is not None and weight.shape != want)
+        or (bias is not None and bias.shape != want)
+        or (running_mean is not None and running_mean.shape != want)
+        or (running_var is not None and running_var.shape != want)
     ):
-        _check_vector(name, v, channels, x, axis)
+        _explain_vector("running_mean", running_mean, x, axis)
+        _explain_vector("running_var", running_var, x, axis)
+        _explain_vector("weight", weight, x, axis)
+        _explain_vector("bias", bias, x, axis)
     if not training and (running_mean is None or running_var is None):
         raise InputError(
             message(
@@ -92,7 +97,7 @@ def check_batch_norm(
     if eps < 0 or (eps == 0 and training):
         raise InputError(
             message(
-                "eps is positive (in eval mode it may be 0): it keeps a channel of variance 0 "
+                "eps must be positive (in eval mode it may be 0): it keeps a channel of variance 0 "
                 "from a division by 0",
                 f"eps={eps}",
                 "eps=1e-5, the default of torch.nn",
@@ -118,8 +123,6 @@ def check_batch_norm(
 
 
 def _check_mask(mask: Tensor, x: Tensor, axis: int) -> None:
-    import torch
-
     if mask.dtype != torch.bool:
         raise DtypeError(
             message("mask is boolean, True where an element counts", f"{mask.dtype}", "mask.bool()")
@@ -142,11 +145,7 @@ def _check_mask(mask: Tensor, x: Tensor, axis: int) -> None:
 def check_enough_values(x: Tensor, axis: int) -> None:
     """In training a channel needs two values or more: one value is its own mean, the output is
     bias whatever came in, and the unbiased variance is 0 / 0."""
-    values = 1
-    for d, n in enumerate(x.shape):
-        if d != axis:
-            values *= n
-    if values == 1:
+    if x.numel() == x.shape[axis] != 0:
         raise InputError(
             message(
                 "Expected more than 1 value per channel when training",

@@ -41,7 +41,7 @@ class _LazyOptions(_Base):
             self.register_parameter("bias", None)
         self._set_options(activation, channel_dim, nonfinite)
 
-    def initialize_parameters(self, input: Tensor, *_: Any) -> None:
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """``num_features`` is the size of axis ``channel_dim``; torch.nn's looks at axis 1."""
         self._check_input_dim(input)
         lazy: Any = super()

@@ -1,4 +1,4 @@
-"""The C++ kernels: raw pointers in, nothing out. The only place that touches ``data_ptr``.
+"""The C++ kernels. The only place that hands out the memory of tensors.
 
 Each function returns NotImplemented where the kernels do not serve the call (masks, dtypes,
 mixed devices, no extension); the dispatcher then asks the reference.
@@ -11,6 +11,7 @@ import ctypes
 import os
 import warnings
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,12 +19,11 @@ from torch import Tensor
 
 from normwise.activations import parse
 from normwise.errors import InputError, message
-from normwise.layout import densify, geometry, match
+from normwise.layout import densify, match
 
 __all__ = ["force", "instruction_sets", "status"]
 
-# The codes of csrc/kernels.h.
-_DTYPE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _load() -> tuple[Any, str]:
@@ -31,8 +31,10 @@ def _load() -> tuple[Any, str]:
     if os.environ.get("NORMWISE_BACKEND") == "reference":
         return None, "switched off by NORMWISE_BACKEND=reference"
     try:
-        from normwise import _native
-    except ImportError as error:
+        import normwise._native as native
+
+        native.set_exchange(torch.Tensor.__dlpack_c_exchange_api__)
+    except (ImportError, AttributeError, ValueError) as error:
         warnings.warn(
             "normwise: the C++ kernels are not available, the plain PyTorch reference serves "
             f"instead (correct, but slow): {error}. Install where a C++20 compiler (g++ or clang) "
@@ -40,14 +42,18 @@ def _load() -> tuple[Any, str]:
             RuntimeWarning,
             stacklevel=2,
         )
-        return None, f"the extension is not built: {error}"
-    _native.set_parallel_for(_torch_parallel_for())
-    _native.set_thread_count(_torch_symbol("torch_get_num_threads"))
-    return _native, ""
+        return None, f"the extension cannot be used: {error}"
+    native.set_parallel_for(_torch_symbol("torch_parallel_for"))
+    native.set_thread_count(_torch_symbol("torch_get_num_threads"))
+    return native, ""
 
 
 def _torch_symbol(name: str) -> int:
-    """Address of a symbol of torch's stable C interface (since 2.10), or 0."""
+    """Address of a function of torch's stable C interface (since 2.10), or 0.
+
+    Its ``torch_parallel_for`` is torch's own thread pool: ``torch.set_num_threads`` is obeyed and
+    no second pool competes. Without it the kernels run on the calling thread.
+    """
     directory = os.path.join(os.path.dirname(torch.__file__), "lib")
     for file in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
         path = os.path.join(directory, file)
@@ -58,12 +64,6 @@ def _torch_symbol(name: str) -> int:
                 return 0
             return ctypes.cast(function, ctypes.c_void_p).value or 0
     return 0
-
-
-def _torch_parallel_for() -> int:
-    """Torch's own thread pool: ``torch.set_num_threads`` is obeyed and no second pool competes.
-    Without it (0) the kernels run on the calling thread."""
-    return _torch_symbol("torch_parallel_for")
 
 
 _native, _why_not = _load()
@@ -114,77 +114,63 @@ def force(instruction_set: str | None) -> Iterator[None]:
         native.select(before)
 
 
-def _dense(x: Tensor, channel_dim: int) -> tuple[Tensor, tuple[int, int, int]]:
-    block = geometry(x, channel_dim)
-    if block is None:
-        x = densify(x)
-        block = geometry(x, channel_dim)
-        assert block is not None
-    return x, block
-
-
-def _vector(v: Tensor | None) -> tuple[Tensor | None, int, int]:
-    """A per-channel vector as (the tensor, to keep it alive; its address; its dtype code)."""
+def _vector(v: Tensor | None) -> Tensor | None:
+    """A per-channel vector as the kernels read it."""
     if v is None:
-        return None, 0, 0
-    if v.dtype not in _DTYPE:
-        v = v.to(torch.float64)
-    if not v.is_contiguous():
-        v = v.contiguous()
-    return v, v.data_ptr(), _DTYPE[v.dtype]
+        return None
+    return (v if v.dtype in _DTYPES else v.to(torch.float64)).contiguous()
 
 
-def _like(t: Tensor | None, x: Tensor) -> tuple[Tensor | None, int]:
-    """A tensor of x's shape in x's layout and dtype, with its address."""
-    if t is None:
-        return None, 0
-    t = match(t, x)
-    return t, t.data_ptr()
+def _like(t: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if t is None else match(t, x)
 
 
-def _serves(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether the kernels take the call: x of a known dtype with elements, no mask, all on CPU."""
-    if _native is None or mask is not None or x.dtype not in _DTYPE or x.numel() == 0:
-        return False
-    return all(t is None or t.is_cpu for t in others)
+@lru_cache(maxsize=1024)
+def _template(rows: int, channels: int) -> Tensor:
+    return torch.empty((rows, channels), dtype=torch.float64)
 
 
-def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
-    if not _serves(x, mask):
+def _rows(rows: int, x: Tensor, channel_dim: int) -> Tensor:
+    """A float64 (rows, C) tensor; empty_like a kept one takes half the time of torch.empty."""
+    return torch.empty_like(_template(rows, x.shape[channel_dim]))
+
+
+def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Any:
+    if _native is None or mask is not None:
         return NotImplemented
-    x, block = _dense(x, channel_dim)
-    out = torch.empty((3, block[1]), dtype=torch.float64)
-    _native.moments(x.data_ptr(), *block, _DTYPE[x.dtype], out.data_ptr())
-    return out
+    out = _rows(3, x, channel_dim)
+    if _native.moments(x, channel_dim, out) or _native.moments(densify(x), channel_dim, out):
+        return out
+    return NotImplemented
 
 
 def _forward(
     x: Tensor,
-    moments: Tensor | None,
     mean: Tensor | None,
     var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    block: tuple[int, int, int],
+    moments: Tensor | None,
+    channel_dim: int,
     eps: float,
     activation: str,
-) -> Tensor:
-    act = parse(activation)
+) -> Any:
+    """y, by given mean and var, or by the batch's, which are written to `moments`."""
     y = torch.empty_like(x)
-    weight, w, w_dtype = _vector(weight)
-    bias, b, b_dtype = _vector(bias)
-    mean, m, m_dtype = _vector(mean)
-    var, v, v_dtype = _vector(var)
-    residual, r = _like(residual, x)
-    out = 0 if moments is None else moments.data_ptr()
-    # fmt: off
-    _native.forward(
-        x.data_ptr(), y.data_ptr(), r, *block, _DTYPE[x.dtype], w, w_dtype, b, b_dtype, eps,
-        act.code, act.slope, out, m, m_dtype, v, v_dtype,
-    )
-    # fmt: on
-    return y
+    act = parse(activation)
+    if _native.forward(
+        x, y, moments, mean, var, weight, bias, residual, channel_dim, eps, act.code, act.slope
+    ):
+        return y
+    # Something is strided, or in a dtype of its own: bring it into shape and ask again.
+    x = densify(x)
+    if _native.forward(
+        x, y, moments, _vector(mean), _vector(var), _vector(weight), _vector(bias),
+        _like(residual, x), channel_dim, eps, act.code, act.slope,
+    ):  # fmt: skip
+        return y
+    return NotImplemented
 
 
 def normalize(
@@ -198,11 +184,10 @@ def normalize(
     channel_dim: int,
     eps: float,
     activation: str,
-) -> Tensor:
-    if not _serves(x, mask, mean, var, weight, bias, residual):
+) -> Any:
+    if _native is None or mask is not None:
         return NotImplemented
-    x, block = _dense(x, channel_dim)
-    return _forward(x, None, mean, var, weight, bias, residual, block, eps, activation)
+    return _forward(x, mean, var, weight, bias, residual, None, channel_dim, eps, activation)
 
 
 def train_forward(
@@ -214,13 +199,12 @@ def train_forward(
     channel_dim: int,
     eps: float,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    if not _serves(x, mask, weight, bias, residual):
+) -> Any:
+    if _native is None or mask is not None:
         return NotImplemented
-    x, block = _dense(x, channel_dim)
-    moments = torch.empty((3, block[1]), dtype=torch.float64)
-    y = _forward(x, moments, None, None, weight, bias, residual, block, eps, activation)
-    return y, moments
+    moments = _rows(3, x, channel_dim)
+    y = _forward(x, None, None, weight, bias, residual, moments, channel_dim, eps, activation)
+    return y if y is NotImplemented else (y, moments)
 
 
 def update_running(
@@ -231,29 +215,14 @@ def update_running(
     moments: Tensor,
     momentum: float | None,
     nonfinite: str,
-) -> None:
-    buffers = (running_mean, running_var)
-    counters = (num_batches_tracked, nonfinite_batches)
-    if (
-        _native is None
-        or moments.dtype != torch.float64
-        or not moments.is_contiguous()
-        or not all(t.is_cpu and t.dtype in _DTYPE and t.is_contiguous() for t in buffers)
-        or not all(t is None or (t.is_cpu and t.dtype == torch.int64) for t in counters)
-        or nonfinite == "raise"
-    ):
+) -> Any:
+    if _native is None or nonfinite == "raise":
         return NotImplemented
-    # fmt: off
-    _native.update_running(
-        running_mean.shape[0], moments.data_ptr(),
-        running_mean.data_ptr(), _DTYPE[running_mean.dtype],
-        running_var.data_ptr(), _DTYPE[running_var.dtype],
-        0 if num_batches_tracked is None else num_batches_tracked.data_ptr(),
-        0 if nonfinite_batches is None else nonfinite_batches.data_ptr(),
+    done = _native.update_running(
+        moments, running_mean, running_var, num_batches_tracked, nonfinite_batches,
         -1.0 if momentum is None else momentum, nonfinite == "skip",
-    )
-    # fmt: on
-    return None
+    )  # fmt: skip
+    return None if done else NotImplemented
 
 
 def _backward(
@@ -266,36 +235,37 @@ def _backward(
     bias: Tensor | None,
     residual: Tensor | None,
     output: Tensor | None,
-    dx: Tensor | None,
-    dresidual: Tensor | None,
     sums: Tensor | None,
     count: float,
-    block: tuple[int, int, int],
+    dx: Tensor | None,
+    dresidual: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    channel_dim: int,
     eps: float,
     activation: str,
-    dweight: Tensor | None = None,
-    dbias: Tensor | None = None,
-) -> None:
+) -> bool:
+    """Fill dx, dresidual, dweight and dbias; or `sums`, if there is no dx."""
     act = parse(activation)
-    dy, g = _like(dy, x)
-    weight, w, w_dtype = _vector(weight)
-    bias, b, b_dtype = _vector(bias)
-    mean, m, m_dtype = _vector(mean)
-    var, v, v_dtype = _vector(var)
-    if act.code == 0 or output is not None:
-        residual = None  # the derivative does not need it
-    residual, r = _like(residual, x)
-    output, o = _like(output if act.code and act.from_output else None, x)
-    # fmt: off
-    _native.backward(
-        g, x.data_ptr(), r, o,
-        0 if dx is None else dx.data_ptr(), 0 if dresidual is None else dresidual.data_ptr(),
-        *block, _DTYPE[x.dtype], w, w_dtype, b, b_dtype, eps, act.code, act.slope,
-        0 if moments is None else moments.data_ptr(), m, m_dtype, v, v_dtype,
-        0 if sums is None else sums.data_ptr(), count,
-        0 if dweight is None else dweight.data_ptr(), 0 if dbias is None else dbias.data_ptr(),
-    )
-    # fmt: on
+    # z comes from the output where its range tells the derivative, else from x and the residual.
+    if act.code == 0:
+        residual = output = None
+    elif output is not None and act.from_output:
+        residual = None
+    else:
+        output = None
+    if _native.backward(
+        dy, x, moments, mean, var, weight, bias, residual, output, sums, count, dx, dresidual,
+        dweight, dbias, channel_dim, eps, act.code, act.slope,
+    ):  # fmt: skip
+        return True
+    x = densify(x)
+    done: bool = _native.backward(
+        match(dy, x), x, moments, _vector(mean), _vector(var), _vector(weight), _vector(bias),
+        _like(residual, x), _like(output, x), sums, count, dx, dresidual, dweight, dbias,
+        channel_dim, eps, act.code, act.slope,
+    )  # fmt: skip
+    return done
 
 
 def backward_reduce(
@@ -311,22 +281,15 @@ def backward_reduce(
     channel_dim: int,
     eps: float,
     activation: str,
-) -> Tensor:
-    if not _serves(x, mask, dy, mean, var, weight, bias, residual):
+) -> Any:
+    if _native is None or mask is not None:
         return NotImplemented
-    x, block = _dense(x, channel_dim)
-    sums = torch.empty((2, block[1]), dtype=torch.float64)
-    # fmt: off
-    _backward(
-        dy, x, None, mean, var, weight, bias, residual, output, None, None, sums, 0.0, block, eps,
-        activation,
-    )
-    # fmt: on
-    return sums
-
-
-def _no_gradient(x: Tensor) -> Tensor:
-    return x.new_empty((0,))
+    sums = _rows(2, x, channel_dim)
+    done = _backward(
+        dy, x, None, mean, var, weight, bias, residual, output, sums, 0.0, None, None, None, None,
+        channel_dim, eps, activation,
+    )  # fmt: skip
+    return sums if done else NotImplemented
 
 
 def backward_input(
@@ -345,23 +308,19 @@ def backward_input(
     eps: float,
     activation: str,
     residual_gradient: bool,
-) -> tuple[Tensor, Tensor]:
-    per_channel_count = count is not None and count.numel() != 1
-    if per_channel_count or not _serves(x, mask, dy, mean, var, weight, bias, residual):
-        return NotImplemented
-    x, block = _dense(x, channel_dim)
-    n = float(block[0] * block[2]) if count is None else float(count)
+) -> Any:
+    if _native is None or mask is not None or (count is not None and count.numel() != 1):
+        return NotImplemented  # the kernel knows one count for all channels
+    n = x.numel() / max(x.shape[channel_dim], 1) if count is None else float(count)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if residual_gradient else None
     if sums is not None:
         sums = sums.to(torch.float64).contiguous()
-    # fmt: off
-    _backward(
-        dy, x, None, mean, var, weight, bias, residual, output, dx, dresidual, sums, n, block, eps,
-        activation,
-    )
-    # fmt: on
-    return dx, _no_gradient(x) if dresidual is None else dresidual
+    done = _backward(
+        dy, x, None, mean, var, weight, bias, residual, output, sums, n, dx, dresidual, None, None,
+        channel_dim, eps, activation,
+    )  # fmt: skip
+    return (dx, dresidual) if done else NotImplemented
 
 
 def train_backward(
@@ -377,23 +336,15 @@ def train_backward(
     eps: float,
     activation: str,
     residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if (
-        moments.dtype != torch.float64
-        or not moments.is_contiguous()
-        or not all(p is None or (p.dtype in _DTYPE and p.is_contiguous()) for p in (weight, bias))
-        or not _serves(x, mask, dy, moments, weight, bias, residual)
-    ):
+) -> Any:
+    if _native is None or mask is not None:
         return NotImplemented
-    x, block = _dense(x, channel_dim)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if residual_gradient else None
-    dweight = _no_gradient(x) if weight is None else torch.empty_like(weight)
-    dbias = _no_gradient(x) if bias is None else torch.empty_like(bias)
-    # fmt: off
-    _backward(
-        dy, x, moments, None, None, weight, bias, residual, output, dx, dresidual, None, 0.0, block,
-        eps, activation, dweight, dbias,
-    )
-    # fmt: on
-    return dx, _no_gradient(x) if dresidual is None else dresidual, dweight, dbias
+    dweight = None if weight is None else torch.empty_like(weight)
+    dbias = None if bias is None else torch.empty_like(bias)
+    done = _backward(
+        dy, x, moments, None, None, weight, bias, residual, output, None, 0.0, dx, dresidual,
+        dweight, dbias, channel_dim, eps, activation,
+    )  # fmt: skip
+    return (dx, dresidual, dweight, dbias) if done else NotImplemented

@@ -1,4 +1,8 @@
-"""Which backend serves a call: the CPU kernels where they can, the reference everywhere else."""
+"""Which backend serves a call: the CPU kernels where they can, the reference everywhere else.
+
+The functions here return None for a gradient that was not asked for (through the dispatcher an
+empty tensor).
+"""
 
 from __future__ import annotations
 
@@ -34,33 +38,38 @@ def _cpu_or_reference(name: str) -> Callable[..., Any]:
     return call
 
 
-def _register() -> dict[str, Callable[..., Any]]:
-    on_cpu = {}
-    for name in OPERATORS:
-        LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
-        on_cpu[name] = _cpu_or_reference(name)
-        LIBRARY.impl(name, on_cpu[name], "CPU")
-    return on_cpu
+def _registered(backend: Callable[..., Any]) -> Callable[..., Any]:
+    """A schema knows no optional results: a gradient that is not there becomes an empty tensor."""
+
+    def call(*args: Any) -> Any:
+        result = backend(*args)
+        if isinstance(result, tuple):
+            return tuple(args[0].new_empty((0,)) if r is None else r for r in result)
+        return result
+
+    return call
 
 
-_ON_CPU = _register()
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def _operator(name: str) -> Callable[..., Any]:
+    native, plain = getattr(cpu, name), getattr(reference, name)
+    LIBRARY.impl(name, _registered(plain), "CompositeExplicitAutograd")
+    LIBRARY.impl(name, _registered(_cpu_or_reference(name)), "CPU")
     through_dispatcher = getattr(getattr(torch.ops, NAMESPACE), name).default
-    on_cpu = _ON_CPU[name]
 
     def call(first: Tensor, *args: Any) -> Any:
         # An eager call on a plain CPU tensor needs no dispatcher (2 to 3 us a call, as much as
         # the kernel itself takes on a small batch); compilers, modes and subclasses do.
         if (
-            type(first) in _PLAIN
+            not torch.compiler.is_compiling()
+            and type(first) in _PLAIN
             and first.is_cpu
             and not torch._C._len_torch_dispatch_stack()
-            and not torch.compiler.is_compiling()
         ):
-            return on_cpu(first, *args)
+            result = native(first, *args)
+            return plain(first, *args) if result is NotImplemented else result
         return through_dispatcher(first, *args)
 
     call.__name__ = call.__qualname__ = name

@@ -93,7 +93,15 @@ def normalize(
 ) -> Tensor:
     z = _before_activation(x, mean, var, weight, bias, residual, channel_dim, eps)
     y = parse(activation).value(z).to(x.dtype)
-    return y if mask is None else torch.where(mask, y, y.new_zeros(()))
+    if mask is not None:
+        y = torch.where(mask, y, y.new_zeros(()))
+    return _in_layout_of(x, y)
+
+
+def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """The layout of x, not of a residual, a mask or dy: the fake kernels promise it."""
+    like = torch.empty_like(x)
+    return y if like.stride() == y.stride() and like.dtype == y.dtype else like.copy_(y)
 
 
 def train_forward(
@@ -257,7 +265,7 @@ def backward_input(
     eps: float,
     activation: str,
     residual_gradient: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     dz = _gradient_before_activation(
         dy, x, mean, var, weight, bias, residual, output, mask, channel_dim, eps, activation
     )
@@ -276,11 +284,8 @@ def backward_input(
     dx = dx * (rstd if w is None else rstd * w)
     if mask is not None:
         dx = torch.where(mask, dx, dx.new_zeros(()))
-    # The layout of x, not of dy: the fake kernels promise it.
-    dx = torch.empty_like(x).copy_(dx)
-    if not residual_gradient:
-        return dx, x.new_empty((0,))
-    return dx, torch.empty_like(x).copy_(dz)
+    dx = _in_layout_of(x, dx)
+    return dx, _in_layout_of(x, dz) if residual_gradient else None
 
 
 def train_backward(
@@ -296,7 +301,7 @@ def train_backward(
     eps: float,
     activation: str,
     residual_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     mean, var = _mean_var(moments)
     common = (x, mean, var, weight, bias, residual, output, mask)
     sums = backward_reduce(dy, *common, channel_dim, eps, activation)
@@ -304,8 +309,7 @@ def train_backward(
         dy, *common, sums, moments[0], channel_dim, eps, activation, residual_gradient
     )
     dweight, dbias = parameter_gradients(sums, var, weight, bias, eps)
-    empty = x.new_empty((0,))
-    return dx, dresidual, empty if dweight is None else dweight, empty if dbias is None else dbias
+    return dx, dresidual, dweight, dbias
 
 
 def parameter_gradients(
