@@ -30,7 +30,7 @@ template <class T> struct Rows {
   using R = Compute<T>;
   using P = Pack<R>;
   static constexpr int W = kLanes<R>;
-  static constexpr int64_t kTile = 512;    // columns whose sums stay in the first level cache
+  static constexpr int64_t kTile = 1024;   // columns whose sums stay in the first level cache
   static constexpr int64_t kFlush = 64;    // rows summed in R before they go on in double
 
   const Call& call;
@@ -204,15 +204,18 @@ template <class T> struct Rows {
   }
 
   // Calls body(v, i) for every vector: column v, offset i; and one(v, i) for the values that are
-  // left over. Backwards in rows where a pass before went forwards: the end is still in cache.
+  // left over. The last rows first, block by block: a pass over the sums went forwards, and its end
+  // is still in cache. Inside a block forwards, as the prefetcher likes it.
   template <class Body, class One> void map(const Body& body, const One& one) const {
-    const int64_t stripes = at_least(1, at_most(rows, rows * columns / 8192));
-    parallel(stripes, rows * columns, [=, this](int64_t begin, int64_t end) {
-      const int64_t columns = this->columns;
-      const int64_t first = begin * rows / stripes, last = end * rows / stripes;
+    const int64_t height = at_least(1, 16384 / columns), blocks = (rows + height - 1) / height;
+    parallel(blocks, rows * columns, [=, this](int64_t begin, int64_t end) {
+      const int64_t width = columns;
       const Body each = body;
-      for (int64_t o = last; o-- > first;)
-        for (int64_t v = 0; v < columns; v += W) each(v, o * columns + v);
+      for (int64_t k = end; k-- > begin;) {
+        const int64_t last = at_most((k + 1) * height, rows);
+        for (int64_t o = k * height; o < last; ++o)
+          for (int64_t v = 0; v < width; v += W) each(v, o * width + v);
+      }
       stream_end();
     });
     for (int64_t i = rest * row; i < call.outer * row; ++i) one(i % row, i);
@@ -286,8 +289,7 @@ template <class T> struct Rows {
     if (!input) return;
     R *slope = k + 3 * columns, *offset = k + 4 * columns;
     fill<2>(slope, [&](int64_t c, R* to) {
-      const Gradient<R> g = call.sums ? gradient<R>(call, c, statistics(c, train))
-                                      : Gradient<R>{R(0), R(0)};
+      const Gradient<R> g = gradient<R>(call, c, statistics(c, train));
       to[0] = g.slope;
       to[1] = g.offset;
     });

@@ -194,6 +194,16 @@ template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
   _mm_stream_ps(p, bit_cast<__m128>(v));
 }
 #endif
+// Brings `count` values from p on into the second level cache, without waiting.
+template <class T> NW_INLINE void prefetch(const T* p, int64_t count) {
+  const char* b = reinterpret_cast<const char*>(p);
+  for (int64_t i = 0; i < count * int64_t(sizeof(T)); i += 64) __builtin_prefetch(b + i, 0, 2);
+}
+// How many of the values from p on lie before the next line of the cache.
+constexpr int64_t kLine = 64;
+template <class T> NW_INLINE int64_t to_line(const T* p) {
+  return int64_t((kLine - uintptr_t(p) % kLine) % kLine / sizeof(T));
+}
 // Streamed lines are ordered before what the thread does next.
 NW_INLINE void stream_end() {
 #if defined(__SSE2__)
