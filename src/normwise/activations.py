@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -87,7 +86,6 @@ ACTIVATIONS: dict[str, Activation] = {
 # fmt: on
 
 
-@lru_cache(maxsize=256)
 def parse(text: str) -> Activation:
     """The activation that ``text`` names.
 

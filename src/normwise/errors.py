@@ -17,8 +17,8 @@ class InputError(NormwiseError, ValueError, RuntimeError):
     """A shape, rank, size or option that breaks an invariant of the call."""
 
 
-class DtypeError(NormwiseError, TypeError, RuntimeError):
-    """A tensor whose dtype the call does not take."""
+class DtypeError(NormwiseError, TypeError, NotImplementedError):
+    """A tensor whose dtype the call does not take (torch.nn: NotImplementedError, RuntimeError)."""
 
 
 class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):

@@ -29,6 +29,18 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
     return torch.float32
 
 
+def _axis(dim: int, rank: int) -> int:
+    if not -rank <= dim < rank:
+        raise InputError(
+            message(
+                "dim names an axis",
+                f"dim={dim} for rank {rank}",
+                f"a number from {-rank} to {rank - 1}" if rank else "a tensor with an axis",
+            )
+        )
+    return dim + rank if dim < 0 else dim
+
+
 @dataclass(frozen=True, eq=False)
 class Moments:
     r"""Count :math:`n`, mean :math:`\mu` and :math:`M_2=\sum_i (x_i-\mu)^2` of sets of numbers.
@@ -127,7 +139,7 @@ class Moments:
         if dim is None:
             dims = list(range(v.dim()))
         else:
-            dims = [d % max(v.dim(), 1) for d in ([dim] if isinstance(dim, int) else dim)]
+            dims = [_axis(d, v.dim()) for d in ([dim] if isinstance(dim, int) else dim)]
         if mask is None:
             n = 1
             for d in dims:
@@ -214,18 +226,21 @@ class Moments:
 
     def reduce(self, dim: int) -> Moments:
         """Merge the sets that lie along axis ``dim`` of one ``Moments`` (ranks, ghost batches)."""
-        if self.mean.dim() == 0:
-            raise InputError(
-                message("reduce merges along an axis", "moments of rank 0", "Moments.sum")
-            )
-        axis = dim % self.mean.dim()
+        axis = _axis(dim, self.mean.dim())
         n_each = self.count.expand(self.mean.shape)
         count = n_each.sum(axis)
         dtype = self.mean.dtype
         weight = n_each.to(dtype)
         n = count.to(dtype).clamp(min=1)
-        # Centre on one of the means first: sums of means around 1e6 would round the spread away.
-        centre = self.mean.select(axis, 0) if self.mean.shape[axis] else self.mean.sum(axis)
+        # Centre on the mean of the largest set: sums of means around 1e6 would round the spread
+        # away, and an empty set's mean is a placeholder.
+        largest = n_each.argmax(axis, keepdim=True) if self.mean.shape[axis] else None
+        centre = (
+            self.mean.sum(axis)
+            if largest is None
+            else self.mean.gather(axis, largest).squeeze(axis)
+        )
+        centre = torch.where(count == 0, centre.new_zeros(()), centre)
         offset = self.mean - centre.unsqueeze(axis)
         offset = torch.where(n_each == 0, offset.new_zeros(()), offset)
         shift = (offset * weight).sum(axis) / n

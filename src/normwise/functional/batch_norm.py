@@ -10,20 +10,19 @@ from torch.autograd import forward_ad
 
 from normwise import ops
 from normwise.activations import ACTIVATIONS, parse
-from normwise.errors import InputError, message
-from normwise.functional.checks import check_batch_norm, check_enough_values
+from normwise.functional.checks import check_batch_norm, check_enough_values, check_policy
 from normwise.moments import Moments
 from normwise.ops import reference
 
-__all__ = ["NONFINITE", "batch_moments", "batch_norm", "batch_norm_update"]
-
-NONFINITE = ("propagate", "skip", "raise")
+__all__ = ["batch_moments", "batch_norm", "batch_norm_update"]
 
 
 _NOTHING = (None, None, None)
 
 
-def _to_keep(activation: str, residual: Tensor | None, y: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _to_keep(
+    activation: str, residual: Tensor | None, y: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """What the backward of a fused residual needs beside x: (residual, output), one or none.
 
     Without an activation nothing. Under relu, relu6 and leaky_relu the output, which the next
@@ -104,10 +103,11 @@ class _TrainingNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, moments, *others = ctx.saved_tensors
-        residual, output, mask = others or _NOTHING
+        saved = ctx.saved_tensors
+        x, weight, bias, moments = saved[:4]
+        residual, output, mask = saved[4:] or _NOTHING
         channel_dim, eps, activation = ctx.options
-        want_x, want_weight, want_bias, want_residual, *_ = ctx.needs_input_grad
+        wanted = ctx.needs_input_grad
         backward = ops.train_backward
         if torch.is_grad_enabled():
             # create_graph=True: the same formulas in differentiable operations, with moments
@@ -116,13 +116,13 @@ class _TrainingNorm(torch.autograd.Function):
             backward = reference.train_backward
         dx, dresidual, dweight, dbias = backward(
             dy, x, moments, weight, bias, residual, output, mask, channel_dim, eps, activation,
-            want_residual,
+            wanted[3],
         )  # fmt: skip
         return (
-            dx if want_x else None,
-            dweight if want_weight else None,
-            dbias if want_bias else None,
-            dresidual if want_residual else None,
+            dx if wanted[0] else None,
+            dweight if wanted[1] else None,
+            dbias if wanted[2] else None,
+            dresidual if wanted[3] else None,
             None, None, None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
@@ -144,7 +144,9 @@ class _ConstantNorm(torch.autograd.Function):
         eps: float,
         activation: str,
     ) -> Tensor:
-        y = ops.normalize(x, mean, var, weight, bias, residual, mask, channel_dim, eps, activation)
+        y: Tensor = ops.normalize(
+            x, mean, var, weight, bias, residual, mask, channel_dim, eps, activation
+        )
         ctx.save_for_backward(x, mean, var, weight, bias, *_to_keep(activation, residual, y), mask)
         ctx.options = (channel_dim, eps, activation)
         return y
@@ -266,10 +268,7 @@ def batch_norm(
         check_enough_values(input, axis)
         if num_batches_tracked is not None and input.numel() == 0:
             num_batches_tracked.add_(1)  # as torch.nn counts an empty batch; nothing else moves
-    if nonfinite not in NONFINITE:
-        raise InputError(
-            message("nonfinite names a policy", repr(nonfinite), f"one of {NONFINITE}")
-        )
+    check_policy(nonfinite, momentum, running_mean, num_batches_tracked)
     compiling = torch.compiler.is_compiling()
     if not compiling and _transformed():
         y, moments = reference.train_forward(input, weight, bias, residual, mask, axis, eps, act)
@@ -285,7 +284,9 @@ def batch_norm(
     )  # fmt: skip
     if not torch.is_grad_enabled():
         return _train_step(*arguments)[0]
-    return _TrainingNorm.apply(*arguments) if compiling else _apply_training(*arguments)
+    function: Any = _TrainingNorm
+    trained: Tensor = (function.apply if compiling else _apply_training)(*arguments)
+    return trained
 
 
 def _normalize(
@@ -306,18 +307,19 @@ def _normalize(
     compiling = torch.compiler.is_compiling()
     if not compiling and _transformed():
         return reference.normalize(*common)
-    if not torch.is_grad_enabled():
-        return ops.normalize(*common)
-    if mean.requires_grad or var.requires_grad:
+    if torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
         return reference.normalize(*common)
-    if not (
+    if not torch.is_grad_enabled() or not (
         x.requires_grad
         or (weight is not None and weight.requires_grad)
         or (bias is not None and bias.requires_grad)
         or (residual is not None and residual.requires_grad)
     ):
-        return ops.normalize(*common)
-    return _ConstantNorm.apply(*common) if compiling else _apply_constant(*common)
+        y: Tensor = ops.normalize(*common)
+        return y
+    function: Any = _ConstantNorm
+    normalized: Tensor = (function.apply if compiling else _apply_constant)(*common)
+    return normalized
 
 
 def batch_norm_update(
@@ -345,8 +347,12 @@ def batch_norm_update(
     )
     if mask is None:
         check_enough_values(input, axis)
+    check_policy(nonfinite, momentum, running_mean, None)
     act = "none" if activation is None else activation
+    parse(act)
     y, moments = reference.train_forward(input, weight, bias, residual, mask, axis, eps, act)
+    if nonfinite == "raise":
+        reference.raise_if_nonfinite(moments)
     new_mean, new_var, _, _ = reference.updated_running(
         running_mean, running_var, None, moments.detach(), momentum, nonfinite
     )

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from normwise.errors import DtypeError, InputError, message
 
-__all__ = ["check_batch_norm", "check_enough_values"]
+__all__ = ["NONFINITE", "check_batch_norm", "check_enough_values", "check_policy"]
+
+NONFINITE = ("propagate", "skip", "raise")
 
 
 def _shape(t: Tensor) -> str:
@@ -94,7 +96,7 @@ def check_batch_norm(
                 "pass both, or neither",
             )
         )
-    if eps < 0 or (eps == 0 and training):
+    if not (eps > 0 or (eps == 0 and not training)):  # NaN is neither
         raise InputError(
             message(
                 "eps must be positive (in eval mode it may be 0): it keeps a channel of variance 0 "
@@ -152,5 +154,23 @@ def check_enough_values(x: Tensor, axis: int) -> None:
                 f"input size {_shape(x)} with channel axis {axis}",
                 "a larger batch (drop_last=True in the loader keeps a last batch of one away), "
                 "model.eval(), or a norm that does not average over the batch",
+            )
+        )
+
+
+def check_policy(
+    nonfinite: str, momentum: float | None, running: Tensor | None, tracked: Tensor | None
+) -> None:
+    """How the running statistics move: a known policy, and a momentum or a counter."""
+    if nonfinite not in NONFINITE:
+        raise InputError(
+            message("nonfinite names a policy", repr(nonfinite), f"one of {NONFINITE}")
+        )
+    if momentum is None and running is not None and tracked is None:
+        raise InputError(
+            message(
+                "momentum=None is the cumulative average, 1 / num_batches_tracked",
+                "momentum=None without num_batches_tracked",
+                "a number (torch.nn's default is 0.1), or num_batches_tracked=torch.tensor(0)",
             )
         )

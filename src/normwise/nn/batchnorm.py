@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normwise import functional as F
 from normwise.activations import parse
 from normwise.errors import InputError, NonFiniteError, message
-from normwise.functional.batch_norm import NONFINITE
+from normwise.functional.checks import NONFINITE
 from normwise.nn.naming import describe
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
@@ -20,7 +20,7 @@ __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 class _FusedBatchNorm(_BatchNorm):
     """What the batch norm layers share. ``ranks`` are the input ranks the class takes, None any."""
 
-    ranks: tuple[int, ...] | None = None
+    ranks: ClassVar[tuple[int, ...] | None] = None
     activation: str | None
     channel_dim: int
     nonfinite: str
@@ -133,8 +133,10 @@ class _FusedBatchNorm(_BatchNorm):
             raise NonFiniteError(f"{describe(self)}: {error}") from None
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if self.affine and self.bias is None and "bias=" not in text:
+        base: Any = super()
+        text: str = base.extra_repr()
+        lacks_bias = self._parameters.get("weight") is not None and self._parameters["bias"] is None
+        if lacks_bias and "bias=" not in text:  # torch.nn itself shows it from 2.13
             text += ", bias=False"
         if self.activation is not None:
             text += f", activation={self.activation!r}"
@@ -145,7 +147,8 @@ class _FusedBatchNorm(_BatchNorm):
         return text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        base: Any = super()
+        base.__setstate__(state)
         for name, default in (
             ("activation", None),
             ("channel_dim", 1),
@@ -194,7 +197,7 @@ class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
 """
         + _ARGUMENTS
     )
-    ranks = (2, 3)
+    ranks: ClassVar[tuple[int, ...] | None] = (2, 3)
 
 
 class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
@@ -206,7 +209,7 @@ class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
 """
         + _ARGUMENTS
     )
-    ranks = (4,)
+    ranks: ClassVar[tuple[int, ...] | None] = (4,)
 
 
 class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
@@ -218,7 +221,7 @@ class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
 """
         + _ARGUMENTS
     )
-    ranks = (5,)
+    ranks: ClassVar[tuple[int, ...] | None] = (5,)
 
 
 class BatchNorm(_FusedBatchNorm):

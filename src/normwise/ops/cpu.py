@@ -135,8 +135,18 @@ def _rows(rows: int, x: Tensor, channel_dim: int) -> Tensor:
     return torch.empty_like(_template(rows, x.shape[channel_dim]))
 
 
+def _negated(x: Tensor, other: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether one is a lazy negation (the imaginary part of a conjugate): memory holds -t."""
+    return (
+        x.is_neg()
+        or (other is not None and other.is_neg())
+        or (weight is not None and weight.is_neg())
+        or (bias is not None and bias.is_neg())
+    )
+
+
 def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Any:
-    if _native is None or mask is not None:
+    if _native is None or mask is not None or x.is_neg():
         return NotImplemented
     out = _rows(3, x, channel_dim)
     if _native.moments(x, channel_dim, out) or _native.moments(densify(x), channel_dim, out):
@@ -157,6 +167,8 @@ def _forward(
     activation: str,
 ) -> Any:
     """y, by given mean and var, or by the batch's, which are written to `moments`."""
+    if _negated(x, residual, weight, bias):
+        return NotImplemented
     y = torch.empty_like(x)
     act = parse(activation)
     if _native.forward(
@@ -246,6 +258,8 @@ def _backward(
     activation: str,
 ) -> bool:
     """Fill dx, dresidual, dweight and dbias; or `sums`, if there is no dx."""
+    if dy.is_neg() or _negated(x, residual, weight, bias):
+        return False
     act = parse(activation)
     # z comes from the output where its range tells the derivative, else from x and the residual.
     if act.code == 0:
