@@ -148,17 +148,54 @@ bool forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle mean, nb
   return o.fit;
 }
 
-// With `moments` the fused training backward; without, backward_input if `dx` is given, else
-// backward_reduce.
-bool backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle mean, nb::handle var,
-              nb::handle weight, nb::handle bias, nb::handle residual, nb::handle output,
-              nb::handle sums, double count, nb::handle dx, nb::handle dresidual,
-              nb::handle dweight, nb::handle dbias, int64_t channel_dim, double eps,
-              int activation, double slope) {
+nb::object* empty_like = nullptr;  // torch.empty_like, kept for the process
+
+// A result in the layout of `t`, or None for None.
+nb::object result_like(nb::handle t) {
+  if (t.is_none()) return nb::none();
+  PyObject* made = PyObject_CallOneArg(empty_like->ptr(), t.ptr());
+  if (!made) throw nb::python_error();
+  return nb::steal(made);
+}
+
+// The fused training backward, results allocated here: in the autograd engine every line of Python
+// costs twice what it does in a loop, as its code is out of the cache. None if something does not
+// fit, else (dx, dresidual or None, dweight or None, dbias or None).
+nb::object train_backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle weight,
+                          nb::handle bias, nb::handle residual, nb::handle output,
+                          bool residual_gradient, int64_t channel_dim, double eps, int activation,
+                          double slope) {
   Operands o;
   o.block(x, channel_dim);
   o.call.dy = o.like(dy);
   o.call.moments = o.rows(moments, 3);
+  o.call.weight = o.vector(weight);
+  o.call.bias = o.vector(bias);
+  o.call.residual = o.like(residual);
+  o.call.output = o.like(output);
+  if (!o.fit) return nb::none();
+  nb::object dx = result_like(x), dresidual = residual_gradient ? result_like(x) : nb::none();
+  nb::object dweight = result_like(weight), dbias = result_like(bias);
+  o.call.dx = o.like(dx);
+  o.call.dresidual = o.like(dresidual);
+  o.call.dweight = const_cast<void*>(o.vector(dweight).data);
+  o.call.dbias = const_cast<void*>(o.vector(dbias).data);
+  o.call.eps = eps;
+  o.call.activation = activation;
+  o.call.slope = slope;
+  if (!o.fit) return nb::none();
+  run(selected->train_backward, o.call);
+  return nb::make_tuple(dx, dresidual, dweight, dbias);
+}
+
+// backward_input if `dx` is given, else backward_reduce.
+bool backward(nb::handle dy, nb::handle x, nb::handle mean, nb::handle var, nb::handle weight,
+              nb::handle bias, nb::handle residual, nb::handle output, nb::handle sums, double count,
+              nb::handle dx, nb::handle dresidual, int64_t channel_dim, double eps, int activation,
+              double slope) {
+  Operands o;
+  o.block(x, channel_dim);
+  o.call.dy = o.like(dy);
   o.call.mean = o.vector(mean);
   o.call.var = o.vector(var);
   o.call.weight = o.vector(weight);
@@ -169,15 +206,11 @@ bool backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle mean, 
   o.call.count = count;
   o.call.dx = o.like(dx);
   o.call.dresidual = o.like(dresidual);
-  o.call.dweight = const_cast<void*>(o.vector(dweight).data);
-  o.call.dbias = const_cast<void*>(o.vector(dbias).data);
   o.call.eps = eps;
   o.call.activation = activation;
   o.call.slope = slope;
   if (o.fit)
-    run(o.call.moments ? selected->train_backward
-                       : (o.call.dx ? selected->backward_input : selected->backward_reduce),
-        o.call);
+    run(o.call.dx ? selected->backward_input : selected->backward_reduce, o.call);
   return o.fit;
 }
 
@@ -235,13 +268,15 @@ NB_MODULE(_native, m) {
   // clang-format off
   m.def("forward", &forward, arg(), arg(), arg().none(), arg().none(), arg().none(), arg().none(),
         arg().none(), arg().none(), arg(), arg(), arg(), arg());
-  m.def("backward", &backward, arg(), arg(), arg().none(), arg().none(), arg().none(),
-        arg().none(), arg().none(), arg().none(), arg().none(), arg().none(), arg(), arg().none(),
-        arg().none(), arg().none(), arg().none(), arg(), arg(), arg(), arg());
+  m.def("backward", &backward, arg(), arg(), arg(), arg(), arg().none(), arg().none(), arg().none(),
+        arg().none(), arg().none(), arg(), arg().none(), arg().none(), arg(), arg(), arg(), arg());
+  m.def("train_backward", &train_backward, arg(), arg(), arg(), arg().none(), arg().none(),
+        arg().none(), arg().none(), arg(), arg(), arg(), arg(), arg());
   m.def("update_running", &update_running, arg(), arg(), arg(), arg().none(), arg().none(), arg(),
         arg());
   // clang-format on
   m.def("set_exchange", &set_exchange);
+  m.def("set_empty_like", [](nb::object f) { empty_like = new nb::object(std::move(f)); });
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return selected->name; });
   m.def("select", &use);

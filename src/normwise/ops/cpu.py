@@ -34,6 +34,7 @@ def _load() -> tuple[Any, str]:
         import normwise._native as native
 
         native.set_exchange(torch.Tensor.__dlpack_c_exchange_api__)
+        native.set_empty_like(torch.empty_like)
     except (ImportError, AttributeError, ValueError) as error:
         warnings.warn(
             "normwise: the C++ kernels are not available, the plain PyTorch reference serves "
@@ -237,12 +238,24 @@ def update_running(
     return None if done else NotImplemented
 
 
+def _derivative_from(
+    activation: str, residual: Tensor | None, output: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(residual, output), of which the derivative needs at most one: z comes from the output where
+    its range tells the derivative, else from x and the residual."""
+    act = parse(activation)
+    if act.code == 0:
+        return None, None
+    if output is not None and act.from_output:
+        return None, output
+    return residual, None
+
+
 def _backward(
     dy: Tensor,
     x: Tensor,
-    moments: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -251,33 +264,25 @@ def _backward(
     count: float,
     dx: Tensor | None,
     dresidual: Tensor | None,
-    dweight: Tensor | None,
-    dbias: Tensor | None,
     channel_dim: int,
     eps: float,
     activation: str,
 ) -> bool:
-    """Fill dx, dresidual, dweight and dbias; or `sums`, if there is no dx."""
+    """Fill dx and dresidual; or `sums`, if there is no dx."""
     if dy.is_neg() or _negated(x, residual, weight, bias):
         return False
     act = parse(activation)
-    # z comes from the output where its range tells the derivative, else from x and the residual.
-    if act.code == 0:
-        residual = output = None
-    elif output is not None and act.from_output:
-        residual = None
-    else:
-        output = None
+    residual, output = _derivative_from(activation, residual, output)
     if _native.backward(
-        dy, x, moments, mean, var, weight, bias, residual, output, sums, count, dx, dresidual,
-        dweight, dbias, channel_dim, eps, act.code, act.slope,
+        dy, x, mean, var, weight, bias, residual, output, sums, count, dx, dresidual, channel_dim,
+        eps, act.code, act.slope,
     ):  # fmt: skip
         return True
     x = densify(x)
     done: bool = _native.backward(
-        match(dy, x), x, moments, _vector(mean), _vector(var), _vector(weight), _vector(bias),
-        _like(residual, x), _like(output, x), sums, count, dx, dresidual, dweight, dbias,
-        channel_dim, eps, act.code, act.slope,
+        match(dy, x), x, _vector(mean), _vector(var), _vector(weight), _vector(bias),
+        _like(residual, x), _like(output, x), sums, count, dx, dresidual, channel_dim, eps,
+        act.code, act.slope,
     )  # fmt: skip
     return done
 
@@ -300,8 +305,8 @@ def backward_reduce(
         return NotImplemented
     sums = _rows(2, x, channel_dim)
     done = _backward(
-        dy, x, None, mean, var, weight, bias, residual, output, sums, 0.0, None, None, None, None,
-        channel_dim, eps, activation,
+        dy, x, mean, var, weight, bias, residual, output, sums, 0.0, None, None, channel_dim, eps,
+        activation,
     )  # fmt: skip
     return sums if done else NotImplemented
 
@@ -331,8 +336,8 @@ def backward_input(
     if sums is not None:
         sums = sums.to(torch.float64).contiguous()
     done = _backward(
-        dy, x, None, mean, var, weight, bias, residual, output, sums, n, dx, dresidual, None, None,
-        channel_dim, eps, activation,
+        dy, x, mean, var, weight, bias, residual, output, sums, n, dx, dresidual, channel_dim, eps,
+        activation,
     )  # fmt: skip
     return (dx, dresidual) if done else NotImplemented
 
@@ -353,12 +358,19 @@ def train_backward(
 ) -> Any:
     if _native is None or mask is not None:
         return NotImplemented
-    dx = torch.empty_like(x)
-    dresidual = torch.empty_like(x) if residual_gradient else None
-    dweight = None if weight is None else torch.empty_like(weight)
-    dbias = None if bias is None else torch.empty_like(bias)
-    done = _backward(
-        dy, x, moments, None, None, weight, bias, residual, output, None, 0.0, dx, dresidual,
-        dweight, dbias, channel_dim, eps, activation,
+    if dy.is_neg() or _negated(x, residual, weight, bias):
+        return NotImplemented
+    act = parse(activation)
+    residual, output = _derivative_from(activation, residual, output)
+    result = _native.train_backward(
+        dy, x, moments, weight, bias, residual, output, residual_gradient, channel_dim, eps,
+        act.code, act.slope,
     )  # fmt: skip
-    return (dx, dresidual, dweight, dbias) if done else NotImplemented
+    if result is None:
+        # Parameters keep their dtype here: their gradients are written in it.
+        x = densify(x)
+        result = _native.train_backward(
+            match(dy, x), x, moments, weight, bias, _like(residual, x), _like(output, x),
+            residual_gradient, channel_dim, eps, act.code, act.slope,
+        )  # fmt: skip
+    return NotImplemented if result is None else result
