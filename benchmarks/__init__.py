@@ -1,0 +1,1 @@
+"""Benchmarks of normwise's batch norm: ``python -m benchmarks`` (see docs/benchmarks.md)."""
