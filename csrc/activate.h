@@ -82,9 +82,10 @@ NW_INLINE Pack<double> hyperbolic_tangent(Pack<double> x) {
 // relu as torch has it: NaN stays NaN (z < 0 is false for it).
 template <class P> NW_INLINE P relu(P z) { return z < 0 ? P{} : z; }
 
-// The switch is the same for every vector of a call, so it predicts; the fast cases (none, relu)
-// are template arguments of the loops and do not come here.
-template <class R> NW_INLINE Pack<R> activate(int code, R slope, Pack<R> z) {
+// The fast cases (none, relu) are template arguments of the loops and do not come here. The others
+// are a call, not inlined: a dozen copies in each loop took two thirds of the compile time. The
+// switch is the same for every vector of a call, so it predicts.
+template <class R> __attribute__((noinline)) Pack<R> activate(int code, R slope, Pack<R> z) {
   typedef Pack<R> P;
   switch (code) {
     case kReLU: return relu(z);
@@ -103,7 +104,7 @@ template <class R> NW_INLINE Pack<R> activate(int code, R slope, Pack<R> z) {
 }
 
 // d activate(z) / dz. For relu, relu6 and leaky_relu z may be the output: its range tells the same.
-template <class R> NW_INLINE Pack<R> activation_slope(int code, R slope, Pack<R> z) {
+template <class R> __attribute__((noinline)) Pack<R> activation_slope(int code, R slope, Pack<R> z) {
   typedef Pack<R> P;
   const P zero = P{}, one = splat<P>(R(1));
   switch (code) {

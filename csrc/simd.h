@@ -138,6 +138,15 @@ template <> NW_INLINE Pack<float> load<BFloat16>(const BFloat16* p) {
   std::memcpy(&h, p, sizeof h);
   return bit_cast<Pack<float>>(__builtin_convertvector(h, WordBits) << 16);
 }
+// Where the processor cannot convert: value by value, and not inlined, for the compiler's sake.
+[[maybe_unused]] static __attribute__((noinline)) Pack<float> load_halves(const Float16* p) {
+  Pack<float> v;
+  for (int i = 0; i < kFloats; ++i) v[i] = to_compute(p[i]);
+  return v;
+}
+[[maybe_unused]] static __attribute__((noinline)) void store_halves(Float16* p, Pack<float> v) {
+  for (int i = 0; i < kFloats; ++i) p[i] = from_compute<Float16>(v[i]);
+}
 template <> NW_INLINE Pack<float> load<Float16>(const Float16* p) {
 #if defined(__AVX512F__)
   return bit_cast<Pack<float>>(_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)));
@@ -146,9 +155,7 @@ template <> NW_INLINE Pack<float> load<Float16>(const Float16* p) {
 #elif defined(__ARM_NEON) && defined(__aarch64__)
   return bit_cast<Pack<float>>(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t*)p))));
 #else
-  Pack<float> v;
-  for (int i = 0; i < kFloats; ++i) v[i] = to_compute(p[i]);
-  return v;
+  return load_halves(p);
 #endif
 }
 
@@ -174,7 +181,7 @@ template <> NW_INLINE void store<Float16>(Float16* p, Pack<float> v) {
 #elif defined(__ARM_NEON) && defined(__aarch64__)
   vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
 #else
-  for (int i = 0; i < kFloats; ++i) p[i] = from_compute<Float16>(v[i]);
+  store_halves(p, v);
 #endif
 }
 
