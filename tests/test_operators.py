@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -424,6 +425,32 @@ def test_large_and_small_scale(
     check_backward(p, p.oracle(), gradients[0], None, *gradients[2:])
 
 
+# The kernels subtract a guess of the mean, taken from 16 values spread evenly over the channel.
+UNEVEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "every sixteenth of the data": lambda v: v[:, :: v.shape[1] // 16].add_(1000),
+    "the first value": lambda v: v[:, 0].add_(1e6),
+    "the first image": lambda v: v[:, : v.shape[1] // 4].add_(3000),
+    "the last value": lambda v: v[:, -1].add_(1e6),
+    "a ramp": lambda v: v.add_(torch.arange(v.shape[1])),
+    "heavy tails": lambda v: v.div_(v.flip(1).abs() + 1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", [(4096, 3), (4, 3, 32, 32), (4, 2, 256, 100)], ids=str)
+def test_data_that_a_sample_misjudges(
+    backend: str, shape: tuple[int, ...], layout: str, kind: str
+) -> None:
+    p = Case(shape, layout=layout, offset=1.0).tensors()
+    values = p.x.movedim(1, 0).flatten(1).contiguous()
+    UNEVEN[kind](values)
+    p.x.copy_(values.view(p.x.movedim(1, 0).shape).movedim(0, 1))
+    y, m = ops.train_forward(p.x, p.weight, p.bias, None, None, *arguments(p))
+    check_moments(p, m)
+    check_forward(p, y, p.oracle())
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -1e6, 1.1e18, 1e-30])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shape", HARD_SHAPES, ids=str)
@@ -473,15 +500,68 @@ def test_statistics_of_a_bad_channel_are_not_finite(
     assert m[:, :2].isfinite().all()
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "leaky_relu", "silu", "gelu"])
-@pytest.mark.parametrize("shape", [(9, 3), (4, 3, 6, 7)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_nan_comes_through_every_activation(
-    backend: str, shape: tuple[int, ...], activation: str
+    backend: str, activation: str, dtype: torch.dtype
 ) -> None:
-    p = Case(shape, activation=activation).tensors()
-    p.x[1, 2] = torch.nan
-    y = ops.normalize(p.x, p.mean, p.var, p.weight, p.bias, None, None, *arguments(p))
-    assert torch.equal(y.isnan(), p.x.isnan())
+    for shape in ((9, 3), (4, 3, 6, 7)):
+        p = Case(shape, activation=activation, dtype=dtype).tensors()
+        p.x[1, 2] = torch.nan
+        y = ops.normalize(p.x, p.mean, p.var, p.weight, p.bias, None, None, *arguments(p))
+        assert torch.equal(y.isnan(), p.x.isnan())
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 65536), (2, 32768), (13107, 5)], ids=str)
+@pytest.mark.parametrize("factor", [1, 1 + 2**-8, 1 + 2**-11, 3 * 2**-11, 2**11])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_number_of_16_bits_is_read_and_rounded_as_pytorch_does(
+    backend: str, dtype: torch.dtype, factor: float, shape: tuple[int, ...]
+) -> None:
+    """Ties, subnormal numbers, overflow, infinities, NaN: every bit pattern times a factor."""
+    patterns = torch.arange(-32768, 32768, dtype=torch.int16)[: int(np.prod(shape))]
+    x = patterns.view(dtype).reshape(shape)
+    zero, weight = torch.zeros(shape[1]), torch.full((shape[1],), float(factor))
+    y = ops.normalize(x, zero, zero + 1, weight, None, None, None, 1, 0.0, "none")
+    assert torch.equal(y.nan_to_num(7), (x.float() * factor).to(dtype).nan_to_num(7))
+    assert torch.equal(y.isnan(), x.isnan())
+
+
+# How many roundings of float32 the kernels' exponential and error function are off, at most.
+FUNCTIONS = {"silu": 3, "sigmoid": 3, "tanh": 4, "gelu": 4, "hardswish": 2, "relu6": 1}
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS)
+def test_activations_are_exact_to_a_few_roundings(backend: str, activation: str) -> None:
+    """On a fine grid, each value for itself, and the slope that the backward takes."""
+    z = torch.cat([torch.linspace(-12, 12, 20_001), torch.logspace(-9, -1, 1000)])[:, None]
+    one, zero = torch.ones(1), torch.zeros(1)
+    constants = (zero, one, None, None, None)
+    y = ops.normalize(z, *constants, None, 1, 0.0, activation)
+    slope, _ = ops.backward_input(
+        torch.ones_like(z), z, *constants, None, None, None, None, 1, 0.0, activation, False
+    )
+    value, derivative, _ = ACTIVATIONS[activation]
+    # Where gelu, silu and the slopes cancel, the error is that of the terms: of |z| and of 1.
+    expected = value(array(z))
+    terms = np.abs(array(z)) if activation == "gelu" else np.abs(expected)
+    assert_near(y, expected, terms, FUNCTIONS[activation])
+    assert_near(slope, derivative(array(z)), 1 + np.abs(array(z)), FUNCTIONS[activation])
+
+
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, 1e30, -1e30])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_extreme_values_give_what_pytorch_gives(
+    backend: str, activation: str, value: float
+) -> None:
+    """In eval mode: where an exponential overflows, where 0 * inf would be NaN."""
+    x = torch.tensor([[1.0, -1.0], [value, value]])
+    one, zero = torch.ones(2), torch.zeros(2)
+    y = ops.normalize(x, zero, one, None, None, None, None, 1, 0.0, activation)
+    name, _, slope = activation.rstrip(")").partition("(")
+    function = getattr(torch.nn.functional, name, lambda z: z)
+    expected = function(x, float(slope)) if slope else function(x)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-7, equal_nan=True)
 
 
 # Threads, memory
