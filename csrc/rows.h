@@ -102,8 +102,10 @@ template <class T> struct Rows {
         double* into = partial() + k * 2 * columns + first;
         for (int64_t v = 0; v < width; ++v) into[v] = into[columns + v] = 0;
         alignas(64) R s[kTile], q[kTile];
-        for (int64_t r = k * chunk; r < last; r += kFlush) {
-          const int64_t stop = at_most(r + kFlush, last);
+        // At most 16 additions in R either way, then on in double.
+        const int64_t flush = columns < kNarrow ? kFlush : kFlush / 4;
+        for (int64_t r = k * chunk; r < last; r += flush) {
+          const int64_t stop = at_most(r + flush, last);
           for (int64_t v = 0; v < width; ++v) s[v] = q[v] = R(0);
           int64_t o = r;
           for (; kNarrow > columns && o + 4 <= stop; o += 4) {
