@@ -284,5 +284,7 @@ NB_MODULE(_native, m) {
         [](Address f) { nw::parallel_for = reinterpret_cast<nw::ParallelFor>(f); });
   m.def("set_thread_count",
         [](Address f) { nw::thread_count = reinterpret_cast<nw::ThreadCount>(f); });
+  m.def("caches", [] { return nb::make_tuple(nw::caches.second, nw::caches.last); });
+  m.def("set_caches", [](int64_t second, int64_t last) { nw::caches = {second, last}; });
   m.def("has_parallel_for", [] { return nw::parallel_for != nullptr; });
 }

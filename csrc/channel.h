@@ -52,6 +52,10 @@ template <class R> NW_INLINE Gradient<R> gradient(const Call& call, int64_t c, S
   return {R(slope), R(call.sums[c] / n - lost * slope)};
 }
 
+// Cases of the backward loops beside an Activation: the activation's code is read at run time, or
+// it is relu and its output was kept.
+constexpr int kAny = -1, kReLUOfOutput = -2;
+
 // What the derivative of the activation is taken from, in locals: through `call` the compiler would
 // load every pointer again after each store, which may alias it (1.9 times the time on (128, 256)).
 template <class T> struct Upstream {
@@ -67,14 +71,15 @@ template <class T> struct Upstream {
         activation(call.activation),
         slope(R(call.slope)) {}
 
-  // dz = dy * activation'(z) at offset i. Act: kNone, kReLU (z rebuilt from x), or -1: any
-  // activation, and z from the output where that is given, else from x and the residual.
+  // dz = dy * activation'(z) at offset i. Act: kNone, kReLU (z rebuilt from x), kReLUOfOutput, or
+  // kAny: z from the output where that is given, else from x and the residual.
   // `tensor` loads from a tensor: a vector, or one value in all lanes. z0() is the norm's own output.
   template <int Act, class Load, class Z>
   NW_INLINE Pack<R> dz(int64_t i, const Load& tensor, const Z& z0) const {
     const Pack<R> g = tensor(dy + i);
     if constexpr (Act == kNone) return g;
     if constexpr (Act == kReLU) return z0() > 0 ? g : Pack<R>{};
+    if constexpr (Act == kReLUOfOutput) return tensor(output + i) > 0 ? g : Pack<R>{};
     Pack<R> z;
     if (output) {
       z = tensor(output + i);

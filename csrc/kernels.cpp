@@ -2,6 +2,8 @@
 // flags its width. Chooses the loops by layout, dtype and activation.
 #include "kernels.h"
 
+#include <type_traits>
+
 #include "planar.h"
 #include "rows.h"
 #include "simd.h"
@@ -35,20 +37,20 @@ void moments(const Call& call) {
   dispatch(call, [](const auto& loops) { loops.moments(); });
 }
 
+// Which loops serve a call: relu and no activation have their own, but for double, which few use.
+template <class Loops> constexpr bool own_loops = !std::is_same_v<typename Loops::R, double>;
+
 void forward(const Call& call, bool train) {
   dispatch(call, [&](const auto& loops) {
     const bool residual = call.residual != nullptr;
-    switch (call.activation) {
-      case kNone:
-        return residual ? loops.template forward_all<kNone, true>(train)
-                        : loops.template forward_all<kNone, false>(train);
-      case kReLU:
+    if (call.activation == kNone && !residual) return loops.template forward_all<kNone, false>(train);
+    if constexpr (own_loops<std::decay_t<decltype(loops)>>) {
+      if (call.activation == kNone) return loops.template forward_all<kNone, true>(train);
+      if (call.activation == kReLU)
         return residual ? loops.template forward_all<kReLU, true>(train)
                         : loops.template forward_all<kReLU, false>(train);
-      default:
-        return residual ? loops.template forward_all<-1, true>(train)
-                        : loops.template forward_all<-1, false>(train);
     }
+    loops.template forward_all<kAny, true>(train);
   });
 }
 void normalize(const Call& call) { forward(call, false); }
@@ -56,12 +58,15 @@ void train_forward(const Call& call) { forward(call, true); }
 
 void backward(const Call& call, bool reduce, bool input, bool train) {
   dispatch(call, [&](const auto& loops) {
-    if (call.activation == kNone)
-      loops.template backward_all<kNone>(reduce, input, train);
-    else if (call.activation == kReLU && !call.residual && !call.output)
-      loops.template backward_all<kReLU>(reduce, input, train);
-    else
-      loops.template backward_all<-1>(reduce, input, train);
+    if (call.activation == kNone && !call.dresidual)
+      return loops.template backward_all<kNone>(reduce, input, train);
+    if constexpr (own_loops<std::decay_t<decltype(loops)>>) {
+      if (call.activation == kReLU && call.output)
+        return loops.template backward_all<kReLUOfOutput>(reduce, input, train);
+      if (call.activation == kReLU && !call.residual && !call.dresidual)
+        return loops.template backward_all<kReLU>(reduce, input, train);
+    }
+    loops.template backward_all<kAny>(reduce, input, train);
   });
 }
 void backward_reduce(const Call& call) { backward(call, true, false, false); }

@@ -82,6 +82,11 @@ using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Paral
 using ThreadCount = int32_t (*)(uint32_t*);
 extern ParallelFor parallel_for;
 extern ThreadCount thread_count;
-int64_t last_level_cache_bytes();
+
+// What loops are blocked by, in bytes. Tests set them, to go every way with small tensors.
+struct Caches {
+  int64_t second, last;  // the second level of one core; what a core reaches of the last
+};
+extern Caches caches;
 
 }  // namespace nw

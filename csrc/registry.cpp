@@ -1,6 +1,9 @@
 // Which instruction sets were built in, and which of them this processor runs.
 #include <unistd.h>
 
+#include <fstream>
+#include <string>
+
 #include "kernels.h"
 
 #define NW_DECLARE(isa) \
@@ -59,15 +62,31 @@ const Registry& registry() {
 int instruction_set_count() { return registry().count; }
 const Kernels* instruction_set(int index) { return registry().sets[index]; }
 
-int64_t last_level_cache_bytes() {
-  static const int64_t bytes = [] {
-    int64_t b = 0;
-#ifdef _SC_LEVEL3_CACHE_SIZE
-    b = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#endif
-    return b > 0 ? b : int64_t(16) << 20;
-  }();
-  return bytes;
+namespace {
+
+// Linux tells of one core's caches. The C library's figure can be the whole socket's: 256 MB for
+// the third level on an EPYC where a core reaches 32 MB of it.
+int64_t cache_bytes(int level, int name, int64_t otherwise) {
+  for (int i = 0; i < 8; ++i) {
+    const std::string base = "/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(i) + "/";
+    int64_t found = 0, size = 0;
+    char type = 0, unit = 0;
+    if (std::ifstream(base + "level") >> found && found == level &&
+        std::ifstream(base + "type") >> type && type != 'I' &&  // instructions
+        std::ifstream(base + "size") >> size >> unit && size > 0)
+      return size << (unit == 'M' ? 20 : 10);
+  }
+  const int64_t told = name < 0 ? 0 : sysconf(name);
+  return told > 0 ? told : otherwise;
 }
+
+}  // namespace
+
+#ifdef _SC_LEVEL3_CACHE_SIZE
+Caches caches = {cache_bytes(2, _SC_LEVEL2_CACHE_SIZE, int64_t(512) << 10),
+                 cache_bytes(3, _SC_LEVEL3_CACHE_SIZE, int64_t(16) << 20)};
+#else
+Caches caches = {cache_bytes(2, -1, int64_t(512) << 10), cache_bytes(3, -1, int64_t(16) << 20)};
+#endif
 
 }  // namespace nw

@@ -206,7 +206,7 @@ template <class T> struct Rows {
 
   bool streams(const void* to) const {
     return std::is_same_v<T, float> && uintptr_t(to) % kVectorBytes == 0 &&
-           n * call.channels * int64_t(2 * sizeof(T)) > last_level_cache_bytes();
+           n * call.channels * int64_t(2 * sizeof(T)) > caches.last;
   }
 
   // Calls body(v, i) for every vector: column v, offset i; and one(v, i) for the values that are
@@ -243,12 +243,13 @@ template <class T> struct Rows {
     };
     const auto one = [=](int64_t v, int64_t i) {
       R z = (to_compute(x[i]) - centre[v]) * scale[v] + offset[v];
-      if (Residual) z += to_compute(r[i]);
+      if (Residual && r) z += to_compute(r[i]);
       y[i] = from_compute<T>(finish(splat<P>(z))[0]);
     };
     const auto vector = [=](int64_t v, int64_t i) NW_LAMBDA_INLINE {
       P z = apply<R>(load<R>(centre + v), load<R>(scale + v), load<R>(offset + v), load<T>(x + i));
-      if constexpr (Residual) z += load<T>(r + i);
+      if constexpr (Residual)
+        if (Act != kAny || r) z += load<T>(r + i);
       return finish(z);
     };
     if (streams(y))

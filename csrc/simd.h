@@ -144,8 +144,10 @@ template <> NW_INLINE Pack<float> load<BFloat16>(const BFloat16* p) {
   for (int i = 0; i < kFloats; ++i) v[i] = to_compute(p[i]);
   return v;
 }
-[[maybe_unused]] static __attribute__((noinline)) void store_halves(Float16* p, Pack<float> v) {
-  for (int i = 0; i < kFloats; ++i) p[i] = from_compute<Float16>(v[i]);
+[[maybe_unused]] static __attribute__((noinline)) HalfBits encode_halves(Pack<float> v) {
+  HalfBits h;
+  for (int i = 0; i < kFloats; ++i) h[i] = from_compute<Float16>(v[i]).bits;
+  return h;
 }
 template <> NW_INLINE Pack<float> load<Float16>(const Float16* p) {
 #if defined(__AVX512F__)
@@ -159,48 +161,46 @@ template <> NW_INLINE Pack<float> load<Float16>(const Float16* p) {
 #endif
 }
 
-template <class T> NW_INLINE void store(T* p, Pack<Compute<T>> v);
-template <> NW_INLINE void store<float>(float* p, Pack<float> v) { std::memcpy(p, &v, sizeof v); }
-template <> NW_INLINE void store<double>(double* p, Pack<double> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-template <> NW_INLINE void store<BFloat16>(BFloat16* p, Pack<float> v) {
+// A vector as it lies in memory.
+template <class T> NW_INLINE auto encode(Pack<Compute<T>> v) { return v; }
+template <> NW_INLINE auto encode<BFloat16>(Pack<float> v) {
   const WordBits u = bit_cast<WordBits>(v);
   const WordBits nearest = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const WordBits quiet = (u >> 16) | 0x40u;
   const WordBits magnitude = u & 0x7fffffffu;
-  const HalfBits h =
-      __builtin_convertvector(magnitude > 0x7f800000u ? quiet : nearest, HalfBits);
-  std::memcpy(p, &h, sizeof h);
+  return __builtin_convertvector(magnitude > 0x7f800000u ? quiet : nearest, HalfBits);
 }
-template <> NW_INLINE void store<Float16>(Float16* p, Pack<float> v) {
+template <> NW_INLINE auto encode<Float16>(Pack<float> v) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  return _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__ARM_NEON) && defined(__aarch64__)
-  vst1_u16((uint16_t*)p, vreinterpret_u16_f16(vcvt_f16_f32(bit_cast<float32x4_t>(v))));
+  return vcvt_f16_f32(bit_cast<float32x4_t>(v));
 #else
-  store_halves(p, v);
+  return encode_halves(v);
 #endif
+}
+template <class T> NW_INLINE void store(T* p, Pack<Compute<T>> v) {
+  const auto bits = encode<T>(v);
+  std::memcpy(p, &bits, sizeof bits);
 }
 
-// A store past the caches: p is aligned to the vector. Saves the read of the line that an ordinary
-// store to memory begins with (a third of a normalization's traffic). Half types store as usual.
-template <class T> NW_INLINE void stream(T* p, Pack<Compute<T>> v) { store<T>(p, v); }
+// A store past the caches: p is aligned to what is stored. Saves the read of the line that an
+// ordinary store to memory begins with (a third of a normalization's traffic).
+template <class T> NW_INLINE void stream(T* p, Pack<Compute<T>> v) {
+  const auto bits = encode<T>(v);
 #if defined(__AVX512F__)
-template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
-  _mm512_stream_ps(p, bit_cast<__m512>(v));
-}
-#elif defined(__AVX__)
-template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
-  _mm256_stream_ps(p, bit_cast<__m256>(v));
-}
-#elif defined(__SSE2__)
-template <> NW_INLINE void stream<float>(float* p, Pack<float> v) {
-  _mm_stream_ps(p, bit_cast<__m128>(v));
-}
+  if constexpr (sizeof bits == 64) return _mm512_stream_si512((__m512i*)p, bit_cast<__m512i>(bits));
 #endif
+#if defined(__AVX__)
+  if constexpr (sizeof bits == 32) return _mm256_stream_si256((__m256i*)p, bit_cast<__m256i>(bits));
+#endif
+#if defined(__SSE2__)
+  if constexpr (sizeof bits == 16) return _mm_stream_si128((__m128i*)p, bit_cast<__m128i>(bits));
+#endif
+  std::memcpy(p, &bits, sizeof bits);
+}
 // Brings `count` values from p on into the second level cache, without waiting.
 template <class T> NW_INLINE void prefetch(const T* p, int64_t count) {
   const char* b = reinterpret_cast<const char*>(p);
@@ -223,5 +223,23 @@ template <class R> NW_INLINE double lane_sum(const Pack<R>& v) {
   for (int i = 0; i < kLanes<R>; ++i) total += double(v[i]);
   return total;
 }
+
+// A double for each lane of a Pack<R>.
+template <class R> struct WideSum {
+  typedef float Half __attribute__((vector_size(kVectorBytes / 2)));
+  Pack<double> low{}, high{};
+  NW_INLINE void add(const Pack<float>& v) {
+    Half half[2];
+    std::memcpy(half, &v, sizeof v);
+    low += __builtin_convertvector(half[0], Pack<double>);
+    high += __builtin_convertvector(half[1], Pack<double>);
+  }
+  NW_INLINE double value() const { return lane_sum<double>(low + high); }
+};
+template <> struct WideSum<double> {
+  Pack<double> sum{};
+  NW_INLINE void add(const Pack<double>& v) { sum += v; }
+  NW_INLINE double value() const { return lane_sum<double>(sum); }
+};
 
 }  // namespace nw::NW_ISA

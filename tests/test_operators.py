@@ -591,32 +591,53 @@ def test_one_thread_and_two_give_the_same_bits(
     assert all(map(torch.equal, two, one))
 
 
+# Caches of the second and last level that lead the loops every way through a small tensor.
+HUGE = 1 << 60
+WAYS = {"streamed": (HUGE, 0), "pipelined": (0, HUGE), "pipelined and streamed": (0, 0)}
+# Runs that are whole lines and runs that are not, channels that are whole blocks and that are not.
+PLANES = [
+    (3, 2, 8), (1, 5, 9), (2, 3, 16), (2, 6, 5, 7), (3, 64, 7, 7), (2, 131, 3, 5), (2, 40, 14, 14),
+    (2, 9, 40, 40), (5, 3, 1033), (2, 1, 139999),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_tensors_larger_than_the_cache_come_out_as_small_ones(layout: str) -> None:
-    """Outputs that do not fit in the last level cache are written past it: the same values."""
-    try:
-        cache = max(os.sysconf("SC_LEVEL3_CACHE_SIZE"), 1 << 24)
-    except (ValueError, OSError):
-        cache = 1 << 24
-    p = Case((2, 24, 31, 43), layout=layout).tensors()
-    times = min(cache, 1 << 28) // (8 * p.x.numel()) + 1
-    constants = (p.mean, p.var, p.weight, p.bias, None)
-    sums = ops.backward_reduce(p.dy, p.x, *constants, None, None, *arguments(p))
+@pytest.mark.parametrize("shape", PLANES, ids=str)
+def test_every_way_through_memory_gives_the_same_bits(
+    backend: str, shape: tuple[int, ...], layout: str, way: str
+) -> None:
+    """Which loops run depends on the size of the caches; what they compute does not."""
+    for dtype in DTYPES:
+        for activation, residual in (("none", None), ("relu", None), ("relu", layout)):
+            case = Case(
+                shape, dtype=dtype, layout=layout, activation=activation, residual=residual
+            )
+            p = case.tensors()
+            m = ops.moments(p.x, None, 1)
+            constants = (m[1], m[2] / m[0], p.weight, p.bias, p.residual)
+            end = (None, *arguments(p))
 
-    def maps(x: Tensor, dy: Tensor) -> list[Tensor]:
-        count = torch.tensor(p.count)
-        return [
-            ops.normalize(x, *constants, None, *arguments(p)),
-            ops.backward_input(dy, x, *constants, None, None, sums, count, *arguments(p), False)[0],
-        ]
+            def everything() -> list[Tensor]:
+                y, moments = ops.train_forward(p.x, p.weight, p.bias, p.residual, *end)
+                kept = (None, y) if residual else (p.residual, None)
+                wanted = residual is not None
+                gradients = ops.train_backward(
+                    p.dy, p.x, moments, p.weight, p.bias, *kept, *end, wanted
+                )
+                sums = ops.backward_reduce(p.dy, p.x, *constants, None, *end)
+                given = ops.backward_input(
+                    p.dy, p.x, *constants, None, None, sums, m[0], *arguments(p), wanted
+                )
+                eval_y = ops.normalize(p.x, *constants, *end)
+                results = [y, moments, ops.moments(p.x, None, 1), *gradients, sums, *given, eval_y]
+                return [r for r in results if r is not None]
 
-    def repeated(t: Tensor) -> Tensor:
-        large = torch.empty_strided((2 * times, *t.shape[1:]), t.stride())
-        large.view(times, *t.shape).copy_(t)
-        return large
-
-    for small, large in zip(maps(p.x, p.dy), maps(repeated(p.x), repeated(p.dy)), strict=True):
-        assert (large.view(times, *small.shape) == small).all()
+            usual = everything()
+            with cpu.assume_caches(*WAYS[way]):
+                assert all(map(torch.equal, everything(), usual))
+                if dtype == torch.float32:
+                    check_training(case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

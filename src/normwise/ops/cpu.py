@@ -21,7 +21,7 @@ from normwise.activations import parse
 from normwise.errors import InputError, message
 from normwise.layout import densify, match
 
-__all__ = ["force", "instruction_sets", "status"]
+__all__ = ["assume_caches", "force", "instruction_sets", "status"]
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -113,6 +113,24 @@ def force(instruction_set: str | None) -> Iterator[None]:
         yield
     finally:
         native.select(before)
+
+
+@contextlib.contextmanager
+def assume_caches(second: int, last: int) -> Iterator[None]:
+    """Block the loops for caches of so many bytes: 0 streams and pipelines tensors of any size.
+
+    For tests; process-wide, not thread-safe. Does nothing without the kernels.
+    """
+    native = _native
+    if native is None:
+        yield
+        return
+    before = native.caches()
+    native.set_caches(second, last)
+    try:
+        yield
+    finally:
+        native.set_caches(*before)
 
 
 def _vector(v: Tensor | None) -> Tensor | None:
