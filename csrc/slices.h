@@ -53,6 +53,9 @@ template <class T, class Summand> struct Summation {
   using R = Compute<T>;
   using Setting = decltype(std::declval<Summand>().setting(0));
   static constexpr int64_t kBlock = 32;  // channels at once
+  // Rows of a channel at once: its sums stay in registers for them (1.05 times the speed of one row
+  // on 7 x 7 and 14 x 14; more of them read no faster).
+  static constexpr int64_t kRows = 4;
 
   const Summand& summand;
   const Slices<T>& at;
@@ -91,13 +94,22 @@ template <class T, class Summand> struct Summation {
     if (count == 1) {
       for (int64_t k = 0; k < at.pieces; ++k) add_chunk(c, k, settings[0], sums[0]);
     } else {
-      for (int64_t o = 0; o < at.outer; ++o) {
-        for (int64_t j = 0; j < count; ++j) {
-          const int64_t i = o * at.stride + (c + j) * at.inner;
-          sums[j].run(i, i + at.inner, summand.terms(settings[j]));
+      for (int64_t k = 0; k < at.pieces; ++k) {
+        const int64_t first = k * at.runs_a_piece;
+        const int64_t last = first + at.runs_a_piece < at.outer ? first + at.runs_a_piece : at.outer;
+        for (int64_t o = first; o < last; o += kRows) {
+          const int64_t stop = o + kRows < last ? o + kRows : last;
+          for (int64_t j = 0; j < count; ++j) {
+            const auto terms = summand.terms(settings[j]);
+            auto lanes = sums[j].lanes;
+            for (int64_t p = o; p < stop; ++p) {
+              const int64_t i = p * at.stride + (c + j) * at.inner;
+              sums[j].run(lanes, i, i, i + at.inner, terms);
+            }
+            sums[j].lanes = lanes;
+          }
         }
-        if ((o + 1) % at.runs_a_piece == 0 || o + 1 == at.outer)
-          for (int64_t j = 0; j < count; ++j) sums[j].end_chunk();
+        for (int64_t j = 0; j < count; ++j) sums[j].end_chunk();
       }
     }
     for (int64_t j = 0; j < count; ++j) summand.conclude(c + j, settings[j], sums[j].total);
