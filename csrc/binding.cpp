@@ -51,12 +51,15 @@ thread_local Scratch scratch;
 
 void run(void (*kernel)(const nw::Call&), nw::Call& call) {
   // The fused backward's sums are nobody's result: they live at the head of the scratch.
-  const bool own_sums = call.dy && call.moments && !call.sums;
+  const bool own_sums = call.dy && (call.moments || call.constant) && !call.sums;
   const int64_t head = own_sums ? (2 * call.channels * 8 + 63) / 64 * 64 : 0;
   char* memory = static_cast<char*>(scratch.take(head + selected->scratch_bytes(call)));
   if (own_sums) call.sums = reinterpret_cast<double*>(memory);
   call.scratch = memory + head;
-  {
+  // Handing over the interpreter costs as much as a small batch does.
+  if (call.outer * call.channels * call.inner < 16384) {
+    kernel(call);
+  } else {
     nb::gil_scoped_release release;
     kernel(call);
   }
@@ -148,44 +151,113 @@ bool forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle mean, nb
   return o.fit;
 }
 
-nb::object* empty_like = nullptr;  // torch.empty_like, kept for the process
+// What is asked of torch, kept for the process.
+struct Torch {
+  PyObject *tensor, *parameter, *empty_like, *grad_enabled, *dispatch_modes, *is_neg;
+};
+Torch torch;
+bool enabled = true;
+
+nb::object called(PyObject* result) {
+  if (!result) throw nb::python_error();
+  return nb::steal(result);
+}
+bool truth(PyObject* result) { return PyObject_IsTrue(called(result).ptr()) != 0; }
 
 // A result in the layout of `t`, or None for None.
 nb::object result_like(nb::handle t) {
   if (t.is_none()) return nb::none();
-  PyObject* made = PyObject_CallOneArg(empty_like->ptr(), t.ptr());
-  if (!made) throw nb::python_error();
-  return nb::steal(made);
+  return called(PyObject_CallOneArg(torch.empty_like, t.ptr()));
 }
 
-// The fused training backward, results allocated here: in the autograd engine every line of Python
-// costs twice what it does in a loop, as its code is out of the cache. None if something does not
-// fit, else (dx, dresidual or None, dweight or None, dbias or None).
-nb::object train_backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle weight,
-                          nb::handle bias, nb::handle residual, nb::handle output,
-                          bool residual_gradient, int64_t channel_dim, double eps, int activation,
-                          double slope) {
-  Operands o;
-  o.block(x, channel_dim);
-  o.call.dy = o.like(dy);
-  o.call.moments = o.rows(moments, 3);
-  o.call.weight = o.vector(weight);
-  o.call.bias = o.vector(bias);
-  o.call.residual = o.like(residual);
-  o.call.output = o.like(output);
-  if (!o.fit) return nb::none();
-  nb::object dx = result_like(x), dresidual = residual_gradient ? result_like(x) : nb::none();
-  nb::object dweight = result_like(weight), dbias = result_like(bias);
-  o.call.dx = o.like(dx);
-  o.call.dresidual = o.like(dresidual);
-  o.call.dweight = const_cast<void*>(o.vector(dweight).data);
-  o.call.dbias = const_cast<void*>(o.vector(dbias).data);
-  o.call.eps = eps;
-  o.call.activation = activation;
-  o.call.slope = slope;
-  if (!o.fit) return nb::none();
-  run(selected->train_backward, o.call);
-  return nb::make_tuple(dx, dresidual, dweight, dbias);
+// Operands and results of a fused backward, results allocated here: in the autograd engine every
+// line of Python costs twice what it does in a loop, as its code is out of the cache.
+struct FusedBackward {
+  nb::object dx = nb::none(), dresidual = nb::none(), dweight = nb::none(), dbias = nb::none();
+
+  // By moments, or by mean and var as constants. Says whether everything fitted.
+  bool compute(nb::handle dy, nb::handle x, nb::handle moments, nb::handle mean, nb::handle var,
+               nb::handle weight, nb::handle bias, nb::handle residual, nb::handle output,
+               bool residual_gradient, int64_t channel_dim, double eps, int activation,
+               double slope) {
+    Operands o;
+    o.block(x, channel_dim);
+    o.call.dy = o.like(dy);
+    o.call.moments = o.rows(moments, 3);
+    o.call.mean = o.vector(mean);
+    o.call.var = o.vector(var);
+    o.call.constant = moments.is_none();
+    o.call.weight = o.vector(weight);
+    o.call.bias = o.vector(bias);
+    o.call.residual = o.like(residual);
+    o.call.output = o.like(output);
+    if (!o.fit) return false;
+    dx = result_like(x);
+    if (residual_gradient) dresidual = result_like(x);
+    dweight = result_like(weight);
+    dbias = result_like(bias);
+    o.call.dx = o.like(dx);
+    o.call.dresidual = o.like(dresidual);
+    o.call.dweight = const_cast<void*>(o.vector(dweight).data);
+    o.call.dbias = const_cast<void*>(o.vector(dbias).data);
+    o.call.eps = eps;
+    o.call.activation = activation;
+    o.call.slope = slope;
+    if (!o.fit) return false;
+    run(o.call.constant ? selected->eval_backward : selected->train_backward, o.call);
+    return true;
+  }
+};
+
+// (dx, dresidual or None, dweight or None, dbias or None), or None if something does not fit.
+nb::object fused_backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle mean,
+                          nb::handle var, nb::handle weight, nb::handle bias, nb::handle residual,
+                          nb::handle output, bool residual_gradient, int64_t channel_dim, double eps,
+                          int activation, double slope) {
+  FusedBackward b;
+  if (!b.compute(dy, x, moments, mean, var, weight, bias, residual, output, residual_gradient,
+                 channel_dim, eps, activation, slope))
+    return nb::none();
+  return nb::make_tuple(b.dx, b.dresidual, b.dweight, b.dbias);
+}
+
+// The body of an autograd node: see ops/cpu.py. Each call into Python costs 0.6 us here.
+nb::object gradients(nb::handle dy, nb::tuple saved, nb::tuple option, bool train) {
+  const PyTypeObject* type = Py_TYPE(dy.ptr());
+  if (!enabled ||
+      (type != (PyTypeObject*)torch.tensor && type != (PyTypeObject*)torch.parameter))
+    return nb::none();
+  // A lazy negation (the imaginary part of a conjugate): memory holds -dy, and DLPack does not tell.
+  if (truth(PyObject_CallNoArgs(torch.grad_enabled)) ||
+      truth(PyObject_CallNoArgs(torch.dispatch_modes)) ||
+      truth(PyObject_CallOneArg(torch.is_neg, dy.ptr())))
+    return nb::none();
+  const nb::object none = nb::none();
+  const size_t kept = train ? 4 : 5;
+  const bool more = saved.size() > kept;
+  const nb::object first = saved[3], second = train ? none : nb::object(saved[4]);
+  FusedBackward b;
+  if (!b.compute(dy, saved[0], train ? first : none, train ? none : first, second, saved[1], saved[2],
+                 more ? nb::object(saved[kept]) : none, more ? nb::object(saved[kept + 1]) : none,
+                 nb::cast<bool>(option[6]), nb::cast<int64_t>(option[0]), nb::cast<double>(option[1]),
+                 nb::cast<int>(option[3]), nb::cast<double>(option[4])))
+    return nb::none();
+  const Py_ssize_t size = nb::cast<Py_ssize_t>(option[5]);
+  PyObject* result = PyTuple_New(size);
+  if (!result) throw nb::python_error();
+  const nb::object* given[] = {&b.dx, &b.dweight, &b.dbias, &b.dresidual};
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = i < 4 ? given[i]->ptr() : Py_None;
+    Py_INCREF(item);
+    PyTuple_SET_ITEM(result, i, item);
+  }
+  return nb::steal(result);
+}
+nb::object train_gradients(nb::handle dy, nb::tuple saved, nb::tuple options) {
+  return gradients(dy, saved, options, true);
+}
+nb::object eval_gradients(nb::handle dy, nb::tuple saved, nb::tuple options) {
+  return gradients(dy, saved, options, false);
 }
 
 // backward_input if `dx` is given, else backward_reduce.
@@ -270,13 +342,21 @@ NB_MODULE(_native, m) {
         arg().none(), arg().none(), arg(), arg(), arg(), arg());
   m.def("backward", &backward, arg(), arg(), arg(), arg(), arg().none(), arg().none(), arg().none(),
         arg().none(), arg().none(), arg(), arg().none(), arg().none(), arg(), arg(), arg(), arg());
-  m.def("train_backward", &train_backward, arg(), arg(), arg(), arg().none(), arg().none(),
-        arg().none(), arg().none(), arg(), arg(), arg(), arg(), arg());
+  m.def("fused_backward", &fused_backward, arg(), arg(), arg().none(), arg().none(), arg().none(),
+        arg().none(), arg().none(), arg().none(), arg().none(), arg(), arg(), arg(), arg(), arg());
   m.def("update_running", &update_running, arg(), arg(), arg(), arg().none(), arg().none(), arg(),
         arg());
   // clang-format on
   m.def("set_exchange", &set_exchange);
-  m.def("set_empty_like", [](nb::object f) { empty_like = new nb::object(std::move(f)); });
+  m.def("train_gradients", &train_gradients);
+  m.def("eval_gradients", &eval_gradients);
+  m.def("enable", [](bool on) { enabled = on; });
+  m.def("set_torch", [](nb::object tensor, nb::object parameter, nb::object empty_like,
+                        nb::object grad_enabled, nb::object dispatch_modes) {
+    nb::object is_neg = tensor.attr("is_neg");
+    torch = {tensor.release().ptr(),       parameter.release().ptr(),      empty_like.release().ptr(),
+             grad_enabled.release().ptr(), dispatch_modes.release().ptr(), is_neg.release().ptr()};
+  });
   m.def("instruction_sets", &instruction_sets);
   m.def("instruction_set", [] { return selected->name; });
   m.def("select", &use);

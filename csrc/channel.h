@@ -45,7 +45,7 @@ template <class R> struct Gradient {
   R slope, offset;
 };
 template <class R> NW_INLINE Gradient<R> gradient(const Call& call, int64_t c, Statistics s) {
-  if (!call.sums) return {R(0), R(0)};  // statistics that are constants
+  if (!call.sums || call.constant) return {R(0), R(0)};
   const double n = call.moments ? call.moments[c] : call.count;
   const double slope = s.rstd * s.rstd * call.sums[call.channels + c] / n;
   const double lost = s.mean - double(R(s.mean));

@@ -72,12 +72,14 @@ void backward(const Call& call, bool reduce, bool input, bool train) {
 void backward_reduce(const Call& call) { backward(call, true, false, false); }
 void backward_input(const Call& call) { backward(call, false, true, false); }
 void train_backward(const Call& call) { backward(call, true, true, true); }
+void eval_backward(const Call& call) { backward(call, true, true, false); }
 
 #define NW_TEXT_(x) #x
 #define NW_TEXT(x) NW_TEXT_(x)
 const Kernels kKernels = {
     NW_TEXT(NW_ISA), scratch_bytes,   moments,        normalize,
     train_forward,   backward_reduce, backward_input, train_backward,
+    eval_backward,
 };
 
 }  // namespace

@@ -41,6 +41,7 @@ struct Call {
   void* dweight = nullptr;         // (channels,), weight's dtype, written if not absent
   void* dbias = nullptr;           // (channels,), bias's dtype, written if not absent
   double count = 0;                // how many elements the sums run over (backward_input)
+  bool constant = false;           // mean and var do not depend on x: sums are results only
 
   void* scratch = nullptr;         // scratch_bytes(call) bytes, 64-byte aligned
 };
@@ -55,6 +56,7 @@ struct Kernels {
   void (*backward_reduce)(const Call&); // dy, x, mean, var -> sums
   void (*backward_input)(const Call&);  // dy, x, mean, var, sums or none -> dx, dresidual
   void (*train_backward)(const Call&);  // dy, x, moments -> sums, d everything
+  void (*eval_backward)(const Call&);   // dy, x, mean, var, constant -> sums, d everything
 };
 
 // The running statistics' policy: running = (1 - m) * running + m * batch, m = momentum, or

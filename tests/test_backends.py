@@ -141,6 +141,7 @@ def test_the_kernels_are_what_serves(layout: str, dtype: torch.dtype) -> None:
             p.dy, p.x, *constants, None, None, sums, torch.tensor(36), *end, True
         ),
         "train_backward": cpu.train_backward(p.dy, p.x, m, *parameters, None, None, *end, True),
+        "eval_backward": cpu.eval_backward(p.dy, p.x, *constants, None, None, *end, True),
     }
     assert results.keys() == set(ops.OPERATORS)
     assert [name for name, r in results.items() if r is NotImplemented] == []

@@ -198,6 +198,14 @@ def check_split_operators(case: Case) -> None:
             *(*arguments(p), True),
         )
         check_backward(p, call, dx, dresidual)
+        if not training:
+            dx, dresidual, dweight, dbias = ops.eval_backward(
+                p.dy, p.x, *constants, None, None, *arguments(p), True
+            )
+            check_backward(
+                p, call, dx, dresidual,
+                None if p.weight is None else dweight, None if p.bias is None else dbias,
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -719,6 +727,7 @@ def samples(name: str, present: dict[str, bool], layout: str) -> tuple[Any, ...]
             *(maybe("sums", sums), maybe("count", m[0]), *end, wants),
         ),
         "train_backward": (p.dy, p.x, m, weight, bias, residual, output, mask, *end, wants),
+        "eval_backward": (p.dy, p.x, *constants, output, mask, *end, wants),
     }
     return arguments_of[name]
 

@@ -98,16 +98,24 @@ class _TrainingNorm(torch.autograd.Function):
         else:
             kept = _to_keep(activation, residual, y)
             ctx.save_for_backward(x, weight, bias, moments, *kept, mask)
-        ctx.options = (channel_dim, eps, activation)
+        ctx.options = ops.autograd_options(
+            x, weight, bias, residual, channel_dim, eps, activation, 14, mask is None
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
+        if ctx.options[-1]:
+            gradients: tuple[Tensor | None, ...] | None = ops.train_gradients(
+                dy, saved, ctx.options
+            )
+            if gradients is not None:
+                return gradients
+        wanted = ctx.needs_input_grad
         x, weight, bias, moments = saved[:4]
         residual, output, mask = saved[4:] or _NOTHING
-        channel_dim, eps, activation = ctx.options
-        wanted = ctx.needs_input_grad
+        channel_dim, eps, activation = ctx.options[:3]
         backward = ops.train_backward
         if torch.is_grad_enabled():
             # create_graph=True: the same formulas in differentiable operations, with moments
@@ -134,12 +142,12 @@ class _ConstantNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        mean: Tensor,
-        var: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
         mask: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
         channel_dim: int,
         eps: float,
         activation: str,
@@ -147,36 +155,50 @@ class _ConstantNorm(torch.autograd.Function):
         y: Tensor = ops.normalize(
             x, mean, var, weight, bias, residual, mask, channel_dim, eps, activation
         )
-        ctx.save_for_backward(x, mean, var, weight, bias, *_to_keep(activation, residual, y), mask)
-        ctx.options = (channel_dim, eps, activation)
+        if residual is None and mask is None:
+            ctx.save_for_backward(x, weight, bias, mean, var)
+        else:
+            kept = _to_keep(activation, residual, y)
+            ctx.save_for_backward(x, weight, bias, mean, var, *kept, mask)
+        # The kernel that makes all gradients in one pass; frozen parameters need no sums.
+        everything = mask is None and x.requires_grad and weight is not None and weight.requires_grad
+        ctx.options = ops.autograd_options(
+            x, weight, bias, residual, channel_dim, eps, activation, 10, everything
+        )
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mean, var, weight, bias, *others = ctx.saved_tensors
-        residual, output, mask = others or _NOTHING
-        channel_dim, eps, activation = ctx.options
-        want_x, _, _, want_weight, want_bias, want_residual = ctx.needs_input_grad[:6]
+        saved = ctx.saved_tensors
+        if ctx.options[-1]:
+            gradients: tuple[Tensor | None, ...] | None = ops.eval_gradients(
+                dy, saved, ctx.options
+            )
+            if gradients is not None:
+                return gradients
+        want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]
+        x, weight, bias, mean, var = saved[:5]
+        residual, output, mask = saved[5:] or _NOTHING
+        channel_dim, eps, activation = ctx.options[:3]
         backend: Any = reference if torch.is_grad_enabled() else ops
         common = (dy, x, mean, var, weight, bias, residual, output, mask)
+        end = (channel_dim, eps, activation)
         dx = dresidual = dweight = dbias = None
-        if want_weight or want_bias:
-            sums = backend.backward_reduce(*common, channel_dim, eps, activation)
+        if not (want_weight or want_bias):  # no sums are needed
+            dx, dresidual = backend.backward_input(*common, None, None, *end, want_residual)
+        elif want_x or want_residual:
+            dx, dresidual, dweight, dbias = backend.eval_backward(*common, *end, want_residual)
+        else:
+            sums = backend.backward_reduce(*common, *end)
             dweight, dbias = reference.parameter_gradients(
                 sums, var.to(sums.dtype), weight, bias, eps
             )
-        if want_x or want_residual:
-            dx, dresidual = backend.backward_input(
-                *common, None, None, channel_dim, eps, activation, want_residual
-            )
         return (
             dx if want_x else None,
-            None,
-            None,
             dweight if want_weight else None,
             dbias if want_bias else None,
             dresidual if want_residual else None,
-            None, None, None, None,
+            None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -318,7 +340,9 @@ def _normalize(
         y: Tensor = ops.normalize(*common)
         return y
     function: Any = _ConstantNorm
-    normalized: Tensor = (function.apply if compiling else _apply_constant)(*common)
+    normalized: Tensor = (function.apply if compiling else _apply_constant)(
+        x, weight, bias, residual, mask, mean, var, axis, eps, activation
+    )
     return normalized
 
 

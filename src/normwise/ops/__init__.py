@@ -1,14 +1,16 @@
 """Operators of normwise: one schema, several backends. Functions here are what upper layers call.
 
 ``moments``, ``normalize``, ``train_forward``, ``update_running``, ``backward_reduce``,
-``backward_input``, ``train_backward``: see :mod:`normwise.ops.schema` for what each computes.
+``backward_input``, ``train_backward``, ``eval_backward``: see :mod:`normwise.ops.schema` for what each computes.
 """
 
 from normwise.ops.backends import BackendStatus, backends
+from normwise.ops.cpu import autograd_options, eval_gradients, train_gradients
 from normwise.ops.dispatch import (
     OPERATORS,
     backward_input,
     backward_reduce,
+    eval_backward,
     moments,
     normalize,
     train_backward,
@@ -16,15 +18,20 @@ from normwise.ops.dispatch import (
     update_running,
 )
 
+
 __all__ = [
     "OPERATORS",
     "BackendStatus",
+    "autograd_options",
     "backends",
     "backward_input",
     "backward_reduce",
+    "eval_backward",
+    "eval_gradients",
     "moments",
     "normalize",
     "train_backward",
     "train_forward",
+    "train_gradients",
     "update_running",
 ]

@@ -25,6 +25,7 @@ OPERATORS = (
     "backward_reduce",
     "backward_input",
     "train_backward",
+    "eval_backward",
 )
 
 
@@ -83,3 +84,4 @@ update_running = _operator("update_running")
 backward_reduce = _operator("backward_reduce")
 backward_input = _operator("backward_input")
 train_backward = _operator("train_backward")
+eval_backward = _operator("eval_backward")

@@ -17,6 +17,7 @@ from normwise.moments import Moments, accumulation_dtype
 __all__ = [
     "backward_input",
     "backward_reduce",
+    "eval_backward",
     "moments",
     "normalize",
     "parameter_gradients",
@@ -309,6 +310,30 @@ def train_backward(
         dy, *common, sums, moments[0], channel_dim, eps, activation, residual_gradient
     )
     dweight, dbias = parameter_gradients(sums, var, weight, bias, eps)
+    return dx, dresidual, dweight, dbias
+
+
+def eval_backward(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mask: Tensor | None,
+    channel_dim: int,
+    eps: float,
+    activation: str,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    common = (dy, x, mean, var, weight, bias, residual, output, mask)
+    sums = backward_reduce(*common, channel_dim, eps, activation)
+    dx, dresidual = backward_input(
+        *common, None, None, channel_dim, eps, activation, residual_gradient
+    )
+    dweight, dbias = parameter_gradients(sums, var.to(sums.dtype), weight, bias, eps)
     return dx, dresidual, dweight, dbias
 
 

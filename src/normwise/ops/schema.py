@@ -66,6 +66,13 @@ LIBRARY.define(
     " str activation, bool residual_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
+# the same with statistics that are constants, as in eval mode
+LIBRARY.define(
+    "eval_backward(Tensor dy, Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias,"
+    " Tensor? residual, Tensor? output, Tensor? mask, int channel_dim, float eps,"
+    " str activation, bool residual_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
 
 def _per_channel(x: Tensor, rows: int, channel_dim: int) -> Tensor:
     return x.new_empty((rows, x.shape[channel_dim]), dtype=accumulation_dtype(x))
@@ -171,6 +178,30 @@ def _(
     dy: Tensor,
     x: Tensor,
     moments: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    mask: Tensor | None,
+    channel_dim: int,
+    eps: float,
+    activation: str,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(x),
+        _residual_gradient(x, residual_gradient),
+        _parameter_gradient(x, weight),
+        _parameter_gradient(x, bias),
+    )
+
+
+@torch.library.register_fake("normwise::eval_backward", lib=LIBRARY)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
