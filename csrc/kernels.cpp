@@ -12,8 +12,11 @@ namespace nw::NW_ISA {
 namespace {
 
 // f(loops) with the loops that fit the call: runs of a channel that fill a vector, or rows.
+// Runs of up to three vectors cost more to begin than to add; in a block that stays in the second
+// level cache rows read twice are cheaper, in memory a channel at a time is.
 template <class T, class F> void by_layout(const Call& call, const F& f) {
-  if (call.inner >= kWidth<T>)
+  const int64_t bytes = call.outer * call.channels * call.inner * int64_t(sizeof(T));
+  if (call.inner >= (bytes <= 131072 ? 4 : 1) * kWidth<T>)
     f(Planar<T>(call));
   else
     f(Rows<T>(call));

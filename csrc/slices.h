@@ -89,7 +89,7 @@ template <class T, class Summand> struct Summation {
   // `count` channels from c on: sums and what follows from them.
   void sum_block(int64_t c, int64_t count) const {
     Setting settings[kBlock];
-    Sums<R> sums[kBlock];
+    SumsOf<R, kBlock> sums(count);
     for (int64_t j = 0; j < count; ++j) settings[j] = summand.setting(c + j);
     if (count == 1) {
       for (int64_t k = 0; k < at.pieces; ++k) add_chunk(c, k, settings[0], sums[0]);

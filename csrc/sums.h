@@ -2,6 +2,8 @@
 // kTerms terms a lane in R, then on in double. The order of the additions depends on the lengths of
 // the runs alone, so it is the same however the runs are visited and by how many threads.
 #pragma once
+#include <new>
+
 #include "channel.h"
 #include "simd.h"
 
@@ -80,6 +82,20 @@ template <class R> struct Sums {
     total.q += q.value();
     s = q = WideSum<R>{};
   }
+};
+
+// Sums of a few channels. Only those that are used are set to 0: 32 of them are 10 KB.
+template <class R, int64_t Most> class SumsOf {
+ public:
+  explicit SumsOf(int64_t count) {
+    for (int64_t j = 0; j < count; ++j) new (memory_ + j * sizeof(Sums<R>)) Sums<R>();
+  }
+  NW_INLINE Sums<R>& operator[](int64_t j) {
+    return *std::launder(reinterpret_cast<Sums<R>*>(memory_) + j);
+  }
+
+ private:
+  alignas(Sums<R>) unsigned char memory_[Most * sizeof(Sums<R>)];
 };
 
 }  // namespace nw::NW_ISA
