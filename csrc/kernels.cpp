@@ -41,7 +41,11 @@ void moments(const Call& call) {
 }
 
 // Which loops serve a call: relu and no activation have their own, but for double, which few use.
+#if defined(NW_FEW_LOOPS)
+template <class Loops> constexpr bool own_loops = false;
+#else
 template <class Loops> constexpr bool own_loops = !std::is_same_v<typename Loops::R, double>;
+#endif
 
 void forward(const Call& call, bool train) {
   dispatch(call, [&](const auto& loops) {

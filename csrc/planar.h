@@ -15,9 +15,15 @@ template <class T> struct Planar {
   const Call& call;
   explicit Planar(const Call& c) : call(c) {}
 
-  // A call for each vector of an activation leaves no registers for a second loop's sums, and double
-  // is not worth the code.
-  template <int Act> static constexpr bool fuses = Act != kAny && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>);
+  // A call for each vector of an activation leaves no registers for a second loop's sums; double and
+  // float16 are not worth the code (a tenth of the compile time each).
+#if defined(NW_FEW_LOOPS)
+  template <int> static constexpr bool fuses = false;
+#else
+  template <int Act>
+  static constexpr bool fuses =
+      Act != kAny && (std::is_same_v<T, float> || std::is_same_v<T, BFloat16>);
+#endif
 
   // Streaming stores pay for results that will not fit in the last level cache beside what is read.
   // They need the tensors of results to lie alike to the line.

@@ -130,6 +130,7 @@ template <class T> struct Rows {
           for (int64_t v = 0; v < width; ++v) into[columns + v] += double(q[v]);
         }
       }
+      stream_end();
     });
     // Chunks in order, then the columns of a channel in order.
     double* total = partial();
@@ -204,9 +205,15 @@ template <class T> struct Rows {
     });
   }
 
-  bool streams(const void* to) const {
-    return std::is_same_v<T, float> && uintptr_t(to) % kVectorBytes == 0 &&
-           n * call.channels * int64_t(2 * sizeof(T)) > caches.last;
+  bool streams(const void* to, int64_t tensors) const {
+    return uintptr_t(to) % (W * sizeof(T)) == 0 &&
+           n * call.channels * int64_t(sizeof(T)) * tensors > caches.last;
+  }
+  template <bool Stream> NW_INLINE static void put(T* to, P v) {
+    if constexpr (Stream)
+      stream<T>(to, v);
+    else
+      store<T>(to, v);
   }
 
   // Calls body(v, i) for every vector: column v, offset i; and one(v, i) for the values that are
@@ -252,10 +259,10 @@ template <class T> struct Rows {
         if (Act != kAny || r) z += load<T>(r + i);
       return finish(z);
     };
-    if (streams(y))
-      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { stream<T>(y + i, vector(v, i)); }, one);
+    if (streams(y, 2))
+      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { put<true>(y + i, vector(v, i)); }, one);
     else
-      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { store<T>(y + i, vector(v, i)); }, one);
+      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { put<false>(y + i, vector(v, i)); }, one);
   }
 
   template <int Act> void backward_all(bool reduce, bool input, bool train) const {
@@ -276,12 +283,33 @@ template <class T> struct Rows {
         return apply<R>(single(centre + v), single(scale + v), single(shift + v), xv);
       });
     };
+    T* dx = static_cast<T*>(call.dx);
+    T* dr = static_cast<T*>(call.dresidual);
+    const bool streaming = input && streams(dx, 3) && (!dr || streams(dr, 3));
+    // With constant statistics dx needs no sums: it is written in the loop that takes them.
+    const bool together = reduce && input && call.constant;
     if (reduce) {
-      sum_columns([=](int64_t v, int64_t i, P& a, P& b) NW_LAMBDA_INLINE {
-        const P xv = load<T>(x + i);
-        a = dz(v, i, xv);
-        b = a * (xv - load<R>(centre + v));
-      });
+      const auto sum = [&](const auto& also) {
+        sum_columns([=](int64_t v, int64_t i, P& a, P& b) NW_LAMBDA_INLINE {
+          const P xv = load<T>(x + i);
+          a = dz(v, i, xv);
+          b = a * (xv - load<R>(centre + v));
+          also(v, i, a);
+        });
+      };
+      if (together)
+        sum([=](int64_t v, int64_t i, P g) NW_LAMBDA_INLINE {
+          const P d = g * load<R>(scale + v);
+          if (streaming) {
+            put<true>(dx + i, d);
+            if (dr) put<true>(dr + i, g);
+          } else {
+            put<false>(dx + i, d);
+            if (dr) put<false>(dr + i, g);
+          }
+        });
+      else
+        sum([](int64_t, int64_t, P) NW_LAMBDA_INLINE {});
       double *s = channel_sums(), *q = s + call.channels;
       for (int64_t o = rest; o < call.outer; ++o)
         for (int64_t v = 0, i = o * row; v < row; ++v, ++i) {
@@ -300,23 +328,30 @@ template <class T> struct Rows {
       to[0] = g.slope;
       to[1] = g.offset;
     });
-    T* dx = static_cast<T*>(call.dx);
-    T* dr = static_cast<T*>(call.dresidual);
     const auto one = [=](int64_t v, int64_t i) {
       const P xv = single(x + i), g = dz_one(v, i, xv);
       if (dr) dr[i] = from_compute<T>(g[0]);
       dx[i] = from_compute<T>(R((g[0] - ((xv[0] - centre[v]) * slope[v] + offset[v])) * scale[v]));
     };
-    const auto at = [=](int64_t v, int64_t i) NW_LAMBDA_INLINE {
-      const P xv = load<T>(x + i), g = dz(v, i, xv);
-      if (dr) store<T>(dr + i, g);
-      return (g - ((xv - load<R>(centre + v)) * load<R>(slope + v) + load<R>(offset + v))) *
-             load<R>(scale + v);
+    if (together) {
+      for (int64_t i = rest * row; i < call.outer * row; ++i) one(i % row, i);
+      return;
+    }
+    const auto write = [&](auto streams) {
+      constexpr bool Stream = decltype(streams)::value;
+      map(
+          [=](int64_t v, int64_t i) NW_LAMBDA_INLINE {
+            const P xv = load<T>(x + i), g = dz(v, i, xv);
+            if (dr) put<Stream>(dr + i, g);
+            put<Stream>(dx + i, (g - ((xv - load<R>(centre + v)) * load<R>(slope + v) +
+                                      load<R>(offset + v))) * load<R>(scale + v));
+          },
+          one);
     };
-    if (streams(dx))
-      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { stream<T>(dx + i, at(v, i)); }, one);
+    if (streaming)
+      write(std::true_type{});
     else
-      map([=](int64_t v, int64_t i) NW_LAMBDA_INLINE { store<T>(dx + i, at(v, i)); }, one);
+      write(std::false_type{});
   }
 };
 
