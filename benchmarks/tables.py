@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .contenders import COMPILE, COPY, TORCH
-from .passes import QUIET
+from .passes import QUIET, load
 from .rows import Row
 
 LARGE_MB = 30.0  # above it no usual cache helps: there the share of the floor means something
@@ -149,14 +149,16 @@ def _facts_line(facts: Mapping[str, str]) -> str:
 
 def _noise_line(rows: Sequence[Row], ours: str) -> str:
     """How far the figures can be trusted: the spread of ratios, and who else was at work."""
-    found = [pair.ours for pair in pairs(rows, ours)]
+    both = pairs(rows, ours)
+    found = [pair.ours for pair in both]
     if not found:
         return ""
     spread = statistics.median((row.speedup_q3 - row.speedup_q1) / row.speedup for row in found)
-    disturbed = sum(row.other_load > QUIET for row in found)
+    disturbed = sum(load([pair.ours, pair.torch]) > QUIET for pair in both)
     return (
         f"Half of a case's rounds lie within {spread:.0%} of × torch.nn (median over the cases). "
-        f"During {disturbed} of {len(found)} cases other programs used more than {QUIET:g} cores"
+        f"During {disturbed} of {len(found)} cases other programs used more than {QUIET:g} "
+        "cores, or calls met page faults that the regime excludes"
         f"{'; those figures are not to be trusted.' if disturbed else '.'}"
     )
 
@@ -257,5 +259,5 @@ def offender_line(row: Row) -> str:
     return (
         f"{row.case.name} ({row.regime}): {row.speedup:.2f} of torch.nn's speed "
         f"({row.speedup_q1:.2f} to {row.speedup_q3:.2f}), {row.median_us:,.1f} µs"
-        f"{', disturbed by other programs' if row.other_load > QUIET else ''}"
+        f"{', disturbed by other programs' if load([row]) > QUIET else ''}"
     )

@@ -383,9 +383,11 @@ _LARGE, _MEDIUM, _SMALL = (32, 64, 112, 112), (32, 2048, 7, 7), (32, 512, 7, 7)
 def test_markdown_says_which_figures_are_not_to_be_trusted() -> None:
     quiet, disturbed = _rows(_LARGE, 0.5, other_load=0.0), _rows(_SMALL, 0.4, other_load=0.5)
     text = tables.to_markdown([*quiet, *disturbed], _FACTS, "normwise")
-    assert "During 1 of 2 cases other programs used more than 0.15 cores; those" in text
+    assert "During 1 of 2 cases other programs used more than 0.15 cores, or calls met" in text
+    assert "excludes; those figures are not to be trusted." in text
     trusted = tables.to_markdown(quiet, _FACTS, "normwise")
-    assert "During 0 of 1 cases other programs used more than 0.15 cores.\n" in trusted
+    assert "During 0 of 1 cases" in trusted
+    assert "regime excludes.\n" in trusted
     marked = [line for line in text.splitlines() if line.endswith("disturbed by other programs")]
     assert len(marked) == 1
     assert "32x512x7x7" in marked[0]
@@ -503,6 +505,18 @@ def test_the_least_disturbed_reading_is_kept_whatever_its_figure() -> None:
     assert [row.median_us for row in readings.rows] == [9.0]
     assert readings.disturbed("user") == {Case("tiny", (8, 4)).name}
     assert readings.disturbed("preallocated") == set()
+
+
+@pytest.mark.parametrize(
+    ("regime", "faults", "expected"),
+    [("preallocated", 20_000.0, 1.0), ("preallocated", 60.0, 0.1), ("user", 20_000.0, 0.1)],
+)
+def test_page_faults_disturb_where_the_regime_excludes_them(
+    regime: str, faults: float, expected: float
+) -> None:
+    case = Case("resnet50", _LARGE)
+    row = Row(regime, case, "torch.nn", other_load=0.1, page_faults=faults)
+    assert passes.load([row]) == expected
 
 
 def test_a_system_that_does_not_tell_the_load_gets_one_reading() -> None:

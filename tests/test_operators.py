@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -609,6 +608,24 @@ PLANES = [
 ]  # fmt: skip
 
 
+def everything(case: Case) -> list[Tensor]:
+    """What each operator makes of the case."""
+    p, wanted = case.tensors(), case.residual is not None
+    m = ops.moments(p.x, None, 1)
+    constants = (m[1], m[2] / m[0], p.weight, p.bias, p.residual)
+    end = (None, *arguments(p))
+    y, moments = ops.train_forward(p.x, p.weight, p.bias, p.residual, *end)
+    kept = (None, y) if wanted else (p.residual, None)
+    gradients = ops.train_backward(p.dy, p.x, moments, p.weight, p.bias, *kept, *end, wanted)
+    sums = ops.backward_reduce(p.dy, p.x, *constants, None, *end)
+    sides = (sums, m[0], *arguments(p), wanted)
+    given_sums = ops.backward_input(p.dy, p.x, *constants, None, None, *sides)
+    in_eval = ops.eval_backward(p.dy, p.x, *constants, None, *end, wanted)
+    eval_y = ops.normalize(p.x, *constants, *end)
+    results = [m, y, moments, *gradients, sums, *given_sums, *in_eval, eval_y]
+    return [r for r in results if r is not None]
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 @pytest.mark.parametrize("shape", PLANES, ids=str)
@@ -618,32 +635,10 @@ def test_every_way_through_memory_gives_the_same_bits(
     """Which loops run depends on the size of the caches; what they compute does not."""
     for dtype in DTYPES:
         for activation, residual in (("none", None), ("relu", None), ("relu", layout)):
-            case = Case(
-                shape, dtype=dtype, layout=layout, activation=activation, residual=residual
-            )
-            p = case.tensors()
-            m = ops.moments(p.x, None, 1)
-            constants = (m[1], m[2] / m[0], p.weight, p.bias, p.residual)
-            end = (None, *arguments(p))
-
-            def everything() -> list[Tensor]:
-                y, moments = ops.train_forward(p.x, p.weight, p.bias, p.residual, *end)
-                kept = (None, y) if residual else (p.residual, None)
-                wanted = residual is not None
-                gradients = ops.train_backward(
-                    p.dy, p.x, moments, p.weight, p.bias, *kept, *end, wanted
-                )
-                sums = ops.backward_reduce(p.dy, p.x, *constants, None, *end)
-                given = ops.backward_input(
-                    p.dy, p.x, *constants, None, None, sums, m[0], *arguments(p), wanted
-                )
-                eval_y = ops.normalize(p.x, *constants, *end)
-                results = [y, moments, ops.moments(p.x, None, 1), *gradients, sums, *given, eval_y]
-                return [r for r in results if r is not None]
-
-            usual = everything()
+            case = Case(shape, dtype=dtype, layout=layout, activation=activation, residual=residual)
+            usual = everything(case)
             with cpu.assume_caches(*WAYS[way]):
-                assert all(map(torch.equal, everything(), usual))
+                assert all(map(torch.equal, everything(case), usual))
                 if dtype == torch.float32:
                     check_training(case)
 

@@ -161,7 +161,9 @@ class _ConstantNorm(torch.autograd.Function):
             kept = _to_keep(activation, residual, y)
             ctx.save_for_backward(x, weight, bias, mean, var, *kept, mask)
         # The kernel that makes all gradients in one pass; frozen parameters need no sums.
-        everything = mask is None and x.requires_grad and weight is not None and weight.requires_grad
+        everything = (
+            mask is None and x.requires_grad and weight is not None and weight.requires_grad
+        )
         ctx.options = ops.autograd_options(
             x, weight, bias, residual, channel_dim, eps, activation, 10, everything
         )
@@ -171,9 +173,7 @@ class _ConstantNorm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         if ctx.options[-1]:
-            gradients: tuple[Tensor | None, ...] | None = ops.eval_gradients(
-                dy, saved, ctx.options
-            )
+            gradients: tuple[Tensor | None, ...] | None = ops.eval_gradients(dy, saved, ctx.options)
             if gradients is not None:
                 return gradients
         want_x, want_weight, want_bias, want_residual = ctx.needs_input_grad[:4]

@@ -1,7 +1,9 @@
 """Operators of normwise: one schema, several backends. Functions here are what upper layers call.
 
 ``moments``, ``normalize``, ``train_forward``, ``update_running``, ``backward_reduce``,
-``backward_input``, ``train_backward``, ``eval_backward``: see :mod:`normwise.ops.schema` for what each computes.
+``backward_input``, ``train_backward``, ``eval_backward``: see :mod:`normwise.ops.schema` for what
+each computes. ``train_gradients``, ``eval_gradients``: the body of an autograd node in one call,
+where the kernels serve (:mod:`normwise.ops.cpu`).
 """
 
 from normwise.ops.backends import BackendStatus, backends
@@ -17,7 +19,6 @@ from normwise.ops.dispatch import (
     train_forward,
     update_running,
 )
-
 
 __all__ = [
     "OPERATORS",

@@ -489,9 +489,7 @@ def autograd_options(
     """
     act = parse(activation)
     native = (
-        native
-        and not torch.compiler.is_compiling()
-        and not _negated(x, residual, weight, bias)
+        native and not torch.compiler.is_compiling() and not _negated(x, residual, weight, bias)
     )
     residual_gradient = residual is not None and residual.requires_grad
     return channel_dim, eps, activation, act.code, act.slope, arguments, residual_gradient, native
