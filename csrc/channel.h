@@ -32,7 +32,7 @@ template <class R> NW_INLINE Affine<R> affine(const Call& call, int64_t c, Stati
   return {centre, R(scale), R(read(call.bias, c, 0) - (s.mean - double(centre)) * scale)};
 }
 template <class R> NW_INLINE Pack<R> apply(const Affine<R>& f, Pack<R> x) {
-  return (x - f.centre) * f.scale + f.offset;
+  return multiply_add<R>(x - f.centre, splat<Pack<R>>(f.scale), splat<Pack<R>>(f.offset));
 }
 template <class R> NW_INLINE Pack<R> apply(Pack<R> centre, Pack<R> scale, Pack<R> offset, Pack<R> x) {
   return (x - centre) * scale + offset;

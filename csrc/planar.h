@@ -52,7 +52,7 @@ template <class T> struct Planar {
     NW_INLINE auto terms(R shift) const {
       return [x = read, shift](int64_t i) NW_LAMBDA_INLINE {
         const P d = load<T>(x + i) - shift;
-        return Terms<R>{d, d * d};
+        return Terms<R>{d, d, d};
       };
     }
     void conclude(int64_t c, R shift, ShiftedSums sums) const {
@@ -130,7 +130,7 @@ template <class T> struct Planar {
       return [f = s.f, x = read, up = Upstream<T>(call)](int64_t i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
         const P g = up.template dz<Act>(i, LoadVector{}, [&] { return apply<R>(f, xv); });
-        return Terms<R>{g, g * (xv - f.centre)};
+        return Terms<R>{g, g, xv - f.centre};
       };
     }
     void conclude(int64_t c, const Setting& s, ShiftedSums sums) const {
@@ -160,7 +160,7 @@ template <class T> struct Planar {
       return [k, x = summand.read, up = Upstream<T>(call)](int64_t i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
         const P z = up.template dz<Act>(i, LoadVector{}, [&] { return apply<R>(k.f, xv); });
-        const P dx = (z - ((xv - k.f.centre) * k.g.slope + k.g.offset)) * k.f.scale;
+        const P dx = (z - multiply_add<R>(xv - k.f.centre, splat<P>(k.g.slope), splat<P>(k.g.offset))) * k.f.scale;
         if constexpr (Outs == 2)
           return Results<R, 2>{{dx, z}};
         else

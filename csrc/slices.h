@@ -89,8 +89,11 @@ template <class T, class Summand> struct Summation {
   // `count` channels from c on: sums and what follows from them.
   void sum_block(int64_t c, int64_t count) const {
     Setting settings[kBlock];
-    SumsOf<R, kBlock> sums(count);
-    for (int64_t j = 0; j < count; ++j) settings[j] = summand.setting(c + j);
+    Sums<R> sums[kBlock];
+    for (int64_t j = 0; j < count; ++j) {
+      settings[j] = summand.setting(c + j);
+      sums[j].clear();
+    }
     if (count == 1) {
       for (int64_t k = 0; k < at.pieces; ++k) add_chunk(c, k, settings[0], sums[0]);
     } else {
@@ -112,16 +115,17 @@ template <class T, class Summand> struct Summation {
         for (int64_t j = 0; j < count; ++j) sums[j].end_chunk();
       }
     }
-    for (int64_t j = 0; j < count; ++j) summand.conclude(c + j, settings[j], sums[j].total);
+    for (int64_t j = 0; j < count; ++j) summand.conclude(c + j, settings[j], sums[j].total());
   }
   void sum_split(void* scratch) const {
     ShiftedSums* parts = static_cast<ShiftedSums*>(scratch);
     parallel(at.channels * at.pieces, at.n * at.channels, [=, this](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         Sums<R> sums;
+        sums.clear();
         const int64_t c = i / at.pieces;
         add_chunk(c, i % at.pieces, summand.setting(c), sums);
-        parts[i] = sums.total;
+        parts[i] = sums.total();
       }
     });
     for (int64_t c = 0; c < at.channels; ++c) {

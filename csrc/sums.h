@@ -9,11 +9,12 @@
 
 namespace nw::NW_ISA {
 
-// What each place adds to the two sums.
+// What each place adds to the two sums: s and left * right.
 template <class R> struct Terms {
-  Pack<R> s, q;
+  Pack<R> s, left, right;
 };
 
+// Begins with clear(): of many that stand ready (32 are 10 KB) only those in use are set to 0.
 template <class R> struct Sums {
   using P = Pack<R>;
   static constexpr int W = kLanes<R>;
@@ -22,17 +23,27 @@ template <class R> struct Sums {
 
   // The sums in R: in registers while a run is added.
   struct Lanes {
-    P s0{}, s1{}, q0{}, q1{};
+    P s0, s1, q0, q1;
+    NW_INLINE void clear() { s0 = s1 = q0 = q1 = P{}; }
   };
   Lanes lanes;
-  int terms = 0;
-  WideSum<R> s{}, q{};
-  ShiftedSums total;
+  int terms;
+  WideSum<R> s, q;
+  double total_s, total_q;
+
+  NW_INLINE void clear() {
+    lanes.clear();
+    terms = 0;
+    s.clear();
+    q.clear();
+    total_s = total_q = 0;
+  }
+  ShiftedSums total() const { return {total_s, total_q}; }
 
   NW_INLINE void flush(Lanes& a) {
     s.add(a.s0 + a.s1);
     q.add(a.q0 + a.q1);
-    a.s0 = a.s1 = a.q0 = a.q1 = P{};
+    a.clear();
     terms = 0;
   }
   NW_INLINE void count(Lanes& a) {
@@ -42,9 +53,9 @@ template <class R> struct Sums {
   template <class At> NW_INLINE void step(Lanes& l, int64_t i, const At& at) {
     const Terms<R> a = at(i), b = at(i + W);
     l.s0 += a.s;
-    l.q0 += a.q;
+    l.q0 = multiply_add<R>(a.left, a.right, l.q0);
     l.s1 += b.s;
-    l.q1 += b.q;
+    l.q1 = multiply_add<R>(b.left, b.right, l.q1);
     count(l);
   }
   // Values [i, last) of a run that began at `first`, i - first a number of whole steps.
@@ -55,47 +66,32 @@ template <class R> struct Sums {
       if (i + W <= last) {
         const Terms<R> t = at(i);
         l.s0 += t.s;
-        l.q0 += t.q;
+        l.q0 = multiply_add<R>(t.left, t.right, l.q0);
         i += W;
       }
       if (i < last) {  // the last vector of the run, without the lanes already counted
         const Terms<R> t = at(last - W);
         const auto fresh = lane_numbers<R>() >= R(W - (last - i));
         l.s1 += fresh ? t.s : P{};
-        l.q1 += fresh ? t.q : P{};
+        // Chosen after the product: 0 * inf of a lane of the vector before would be NaN.
+        l.q1 = fresh ? multiply_add<R>(t.left, t.right, l.q1) : l.q1;
       }
       count(l);
     }
   }
   template <class At> NW_INLINE void run(int64_t first, int64_t last, const At& at) {
-    Lanes l = {lanes.s0, lanes.s1, lanes.q0, lanes.q1};
+    Lanes l = lanes;
     run(l, first, first, last, at);
-    lanes.s0 = l.s0;
-    lanes.s1 = l.s1;
-    lanes.q0 = l.q0;
-    lanes.q1 = l.q1;
+    lanes = l;
   }
   // Chunks are summed apart and added in order.
   NW_INLINE void end_chunk() {
     flush(lanes);
-    total.s += s.value();
-    total.q += q.value();
-    s = q = WideSum<R>{};
+    total_s += s.value();
+    total_q += q.value();
+    s.clear();
+    q.clear();
   }
-};
-
-// Sums of a few channels. Only those that are used are set to 0: 32 of them are 10 KB.
-template <class R, int64_t Most> class SumsOf {
- public:
-  explicit SumsOf(int64_t count) {
-    for (int64_t j = 0; j < count; ++j) new (memory_ + j * sizeof(Sums<R>)) Sums<R>();
-  }
-  NW_INLINE Sums<R>& operator[](int64_t j) {
-    return *std::launder(reinterpret_cast<Sums<R>*>(memory_) + j);
-  }
-
- private:
-  alignas(Sums<R>) unsigned char memory_[Most * sizeof(Sums<R>)];
 };
 
 }  // namespace nw::NW_ISA

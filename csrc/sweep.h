@@ -128,6 +128,7 @@ template <class T, class Pass> struct Sweep {
       const auto setting = pass.summand.setting(c + 1);
       const auto terms = pass.summand.terms(setting);
       Sums<R> sums;
+      sums.clear();
       for (int64_t k = 0; k < at.pieces; ++k) {
         at.runs(c, k, [&](int64_t i, int64_t length) NW_LAMBDA_INLINE {
           const int64_t next = i + at.inner;
@@ -137,7 +138,7 @@ template <class T, class Pass> struct Sweep {
         });
         sums.end_chunk();
       }
-      pass.summand.conclude(c + 1, setting, sums.total);
+      pass.summand.conclude(c + 1, setting, sums.total());
     }
     write_block(end - 1, 1, false);
   }

@@ -81,6 +81,17 @@ template <class T, int Outs> struct Writer {
         store<T>(to[k] + i, r.v[k]);
     }
   }
+  template <bool Stream>
+  NW_INLINE void put(int64_t i, const Results<R, Outs>& r, const Results<R, Outs>& s) const {
+    for (int k = 0; k < Outs; ++k) {
+      if constexpr (Stream) {
+        stream<T>(to[k] + i, r.v[k], s.v[k]);
+      } else {
+        store<T>(to[k] + i, r.v[k]);
+        store<T>(to[k] + i + W, s.v[k]);
+      }
+    }
+  }
   template <class Map>
   NW_INLINE Results<R, Outs> one(int64_t i, const Cursor& at, const Map& map) const {
     Results<R, Outs> r = map(at.channel)(i);
@@ -101,10 +112,14 @@ template <class T, int Outs> struct Writer {
     while (i + W <= stop) {
       const auto here = map(at.channel);
       const int64_t plain = at.border < stop ? at.border : stop;
+      if (Stream && i + 2 * W <= plain && uintptr_t(to[0] + i) % (2 * W * sizeof(T)) != 0) {
+        also.vector(i);
+        put<Stream>(i, here(i));
+        i += W;
+      }
       for (; i + 2 * W <= plain; i += 2 * W) {
         also.step(i);
-        put<Stream>(i, here(i));
-        put<Stream>(i + W, here(i + W));
+        put<Stream>(i, here(i), here(i + W));
       }
       if (i + W <= plain) {
         also.vector(i);

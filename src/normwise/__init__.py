@@ -3,15 +3,43 @@
 ``import normwise as nw``; ``nw.nn.BatchNorm2d(64)`` replaces ``torch.nn.BatchNorm2d(64)``.
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from normwise import errors, functional, nn
 from normwise.moments import Moments
 from normwise.ops import backends
+
+if TYPE_CHECKING:
+    from normwise.tools.allocator import tune_allocator
+    from normwise.tools.memory import memory_saver
 
 try:
     __version__ = version("normwise")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["Moments", "__version__", "backends", "errors", "functional", "nn"]
+__all__ = [
+    "Moments",
+    "__version__",
+    "backends",
+    "errors",
+    "functional",
+    "memory_saver",
+    "nn",
+    "tune_allocator",
+]
+
+# Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
+_TOOLS = {"memory_saver": "normwise.tools.memory", "tune_allocator": "normwise.tools.allocator"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TOOLS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_TOOLS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TOOLS})

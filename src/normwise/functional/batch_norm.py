@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 from normwise import ops
 from normwise.activations import ACTIVATIONS, parse
+from normwise.functional import observer
 from normwise.functional.checks import check_batch_norm, check_enough_values, check_policy
 from normwise.moments import Moments
 from normwise.ops import reference
@@ -202,10 +203,39 @@ class _ConstantNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
+class _ObservedTrainingNorm(_TrainingNorm):
+    """`_TrainingNorm`, and somebody is told of y."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y = _TrainingNorm.forward(ctx, *arguments)
+        x, weight, bias, residual, mask = arguments[:5]
+        statistics = (ctx.to_save[3],)
+        observer.notify(
+            observer.Output(y, x, statistics, weight, bias, residual, mask, *arguments[9:12])
+        )
+        return y
+
+
+class _ObservedConstantNorm(_ConstantNorm):
+    """`_ConstantNorm`, and somebody is told of y."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        y = _ConstantNorm.forward(ctx, *arguments)
+        x, weight, bias, residual, mask = arguments[:5]
+        observer.notify(
+            observer.Output(y, x, arguments[5:7], weight, bias, residual, mask, *arguments[7:10])
+        )
+        return y
+
+
 # Function.apply binds the signature and looks for dead functorch wrappers in Python (4 us); eager
 # calls go to the C++ half directly. Compilers must see the class's own apply.
 _apply_training = super(torch.autograd.Function, _TrainingNorm).apply
 _apply_constant = super(torch.autograd.Function, _ConstantNorm).apply
+_apply_observed_training = super(torch.autograd.Function, _ObservedTrainingNorm).apply
+_apply_observed_constant = super(torch.autograd.Function, _ObservedConstantNorm).apply
 
 
 def _transformed() -> bool:
@@ -306,8 +336,12 @@ def batch_norm(
     )  # fmt: skip
     if not torch.is_grad_enabled():
         return _train_step(*arguments)[0]
-    function: Any = _TrainingNorm
-    trained: Tensor = (function.apply if compiling else _apply_training)(*arguments)
+    apply: Any = _apply_training
+    if compiling:
+        apply = _TrainingNorm.apply
+    elif observer.LISTENERS:
+        apply = _apply_observed_training
+    trained: Tensor = apply(*arguments)
     return trained
 
 
@@ -339,10 +373,12 @@ def _normalize(
     ):
         y: Tensor = ops.normalize(*common)
         return y
-    function: Any = _ConstantNorm
-    normalized: Tensor = (function.apply if compiling else _apply_constant)(
-        x, weight, bias, residual, mask, mean, var, axis, eps, activation
-    )
+    apply: Any = _apply_constant
+    if compiling:
+        apply = _ConstantNorm.apply
+    elif observer.LISTENERS:
+        apply = _apply_observed_constant
+    normalized: Tensor = apply(x, weight, bias, residual, mask, mean, var, axis, eps, activation)
     return normalized
 
 

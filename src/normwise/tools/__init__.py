@@ -1,0 +1,1 @@
+"""Tools that work on models and on the process that trains them; import from the submodules."""
