@@ -2,8 +2,6 @@
 // kTerms terms a lane in R, then on in double. The order of the additions depends on the lengths of
 // the runs alone, so it is the same however the runs are visited and by how many threads.
 #pragma once
-#include <new>
-
 #include "channel.h"
 #include "simd.h"
 
