@@ -72,7 +72,7 @@ def assert_same(ours: nn.Module, theirs: nn.Module, x: Tensor) -> None:
         tolerance = dict(TOLERANCE.get(expected.dtype, {"rtol": 0, "atol": 0}))
         if name in ("weight.grad", "bias.grad") and expected.numel():
             # A sum is as exact as its terms are large, not as what is left of them: over 30 draws
-            # torch.nn's weight.grad is up to 3.9e-7 of the largest off the float64 one, ours 1.5e-7.
+            # torch.nn's weight.grad is up to 3.9e-7 of the largest off the float64 one, ours 1.5e-7
             tolerance["atol"] *= max(1.0, float(expected.abs().max()))
         assert_close(
             mine[name],
