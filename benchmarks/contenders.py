@@ -176,6 +176,7 @@ def disagreement(case: Case, got: object, expected: object) -> str:
 
 
 def _tensors(result: object) -> tuple[Tensor, ...]:
+    # An object to the type checker: what a contender returns is a tensor or a sequence of them.
     return (result,) if isinstance(result, Tensor) else tuple(result)  # type: ignore[arg-type]
 
 

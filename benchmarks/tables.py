@@ -8,7 +8,7 @@ import math
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -219,9 +219,10 @@ def _all_layers(members: Sequence[Pair]) -> float:
     """Ratio of the time that all layers with these shapes take; only a network has such a sum."""
     if any(pair.ours.case.suite != "resnet50" for pair in members):
         return math.nan
-    total: Callable[[Iterable[Row]], float] = lambda rows: sum(  # noqa: E731
-        row.case.layers * row.median_us for row in rows
-    )
+
+    def total(rows: Iterable[Row]) -> float:
+        return sum(row.case.layers * row.median_us for row in rows)
+
     return total(pair.torch for pair in members) / total(pair.ours for pair in members)
 
 

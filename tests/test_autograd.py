@@ -163,10 +163,16 @@ def test_every_order_of_second_derivatives_agrees(training: bool, argnum: int) -
     """Forward over reverse, which torch.nn gets wrong (pytorch issue 196699), and the others."""
     inputs = [t.detach() for t in tensors((3, 2, 2))[:3]]
     # A function of y that is not linear, so that every term of the second derivative counts.
-    ours = lambda *i: (norm(training)(*i).sin() * cotangent).sum()  # noqa: E731
+
+    def ours(*i: Tensor) -> Tensor:
+        return (norm(training)(*i).sin() * cotangent).sum()
+
     mean = torch.linspace(-1, 1, 2, dtype=F64)
     statistics = None if training else (mean, mean**2 + 1)
-    theirs = lambda *i: (plain(*i, statistics=statistics).sin() * cotangent).sum()  # noqa: E731
+
+    def theirs(*i: Tensor) -> Tensor:
+        return (plain(*i, statistics=statistics).sin() * cotangent).sum()
+
     cotangent = torch.randn(3, 2, 2, dtype=F64)
     expected = jacrev(jacrev(theirs, argnum), 0)(*inputs)
     assert expected.abs().max() > 1e-3

@@ -466,6 +466,7 @@ def test_the_callers_state_stays(tiny: None, progress: Callable[[int, int], None
     def state() -> tuple[object, ...]:
         return (
             torch.get_rng_state().tolist(),
+            # The global generator, which is what must stay; its stub allows a dict as well.
             np.random.get_state(legacy=True)[1].tolist(),  # type: ignore[index]  # noqa: NPY002
             random.getstate(),
             torch.get_num_threads(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import importlib.util
 import pkgutil
 import re
 from pathlib import Path
@@ -103,6 +104,7 @@ def test_names_of_the_package_exist(path: Path) -> None:
         value: Any = normwise
         for part in dotted.strip(".").split("."):
             if not hasattr(value, part):
+                assert importlib.util.find_spec(f"{value.__name__}.{part}"), dotted
                 value = importlib.import_module(f"{value.__name__}.{part}")
             else:
                 value = getattr(value, part)

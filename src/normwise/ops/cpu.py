@@ -404,13 +404,9 @@ def train_backward(
     activation: str,
     residual_gradient: bool,
 ) -> Any:
-    if _native is None or mask is not None:
-        return NotImplemented
-    if dy.is_neg() or _negated(x, residual, weight, bias):
-        return NotImplemented
     return _fused_backward(
-        dy, x, moments, None, None, weight, bias, residual, output, channel_dim, eps, activation,
-        residual_gradient,
+        dy, x, moments, None, None, weight, bias, residual, output, mask, channel_dim, eps,
+        activation, residual_gradient,
     )  # fmt: skip
 
 
@@ -429,13 +425,9 @@ def eval_backward(
     activation: str,
     residual_gradient: bool,
 ) -> Any:
-    if _native is None or mask is not None:
-        return NotImplemented
-    if dy.is_neg() or _negated(x, residual, weight, bias):
-        return NotImplemented
     return _fused_backward(
-        dy, x, None, mean, var, weight, bias, residual, output, channel_dim, eps, activation,
-        residual_gradient,
+        dy, x, None, mean, var, weight, bias, residual, output, mask, channel_dim, eps,
+        activation, residual_gradient,
     )  # fmt: skip
 
 
@@ -449,12 +441,17 @@ def _fused_backward(
     bias: Tensor | None,
     residual: Tensor | None,
     output: Tensor | None,
+    mask: Tensor | None,
     channel_dim: int,
     eps: float,
     activation: str,
     residual_gradient: bool,
 ) -> Any:
     """By the batch's moments, or by mean and var as constants."""
+    if _native is None or mask is not None:
+        return NotImplemented
+    if dy.is_neg() or _negated(x, residual, weight, bias):
+        return NotImplemented
     act = parse(activation)
     residual, output = _derivative_from(activation, residual, output)
     rest = (residual_gradient, channel_dim, eps, act.code, act.slope)

@@ -96,7 +96,8 @@ def _glibc(process: Any) -> tuple[str, str | None]:
     """The allocator's name, and why its settings cannot be changed (None: they can)."""
     try:
         version = process.gnu_get_libc_version
-        process.mallopt, process.malloc_trim, process.dladdr, process.malloc  # noqa: B018
+        for needed in ("mallopt", "malloc_trim", "dladdr", "malloc"):
+            getattr(process, needed)
     except AttributeError:
         return "not glibc", "needs Linux with glibc; musl, macOS and Windows have no such settings"
     version.restype = ctypes.c_char_p
