@@ -128,7 +128,7 @@ def test_an_unusable_output_directory_is_2(
     assert "got 'file' (File exists). Try: --out with another directory." in err
 
 
-@pytest.mark.parametrize("module", ["sklearn", "matplotlib", "rich"])
+@pytest.mark.parametrize("module", ["sklearn", "matplotlib"])
 def test_a_missing_package_is_2(
     module: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,13 +26,14 @@ from normwise.demo import experiment, picture
 from normwise.demo.data import load_digits
 from normwise.demo.isolation import isolated
 from normwise.demo.network import NORMS, NORMWISE, PLAIN, TORCH, Norm, SigmoidNetwork
-from normwise.demo.output import prepare, write_atomically
+from normwise.demo.output import prepare
 from normwise.demo.result import DemoResult, _typical_unit, summarize
 from normwise.demo.settings import FULL, QUICK
 from normwise.demo.summary import print_summary, sparkline
 from normwise.demo.train import History, _percentiles, train
 from normwise.demo.verify import TOLERANCE, VERIFIED_STEPS, Difference, compare
 from normwise.errors import InputError
+from normwise.files import write_atomically
 
 SHORT = replace(QUICK, steps=150)
 TINY = replace(QUICK, steps=20)
@@ -426,14 +427,14 @@ def test_a_picture_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no more"):
         write_atomically(path, half)
     assert path.read_bytes() == b"old"
-    write_atomically(path, lambda file: file.write(b"new") and None)
+    write_atomically(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"new"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_picture_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
     (tmp_path / "a.png").mkdir()
-    with pytest.raises(demo.OutputError, match=r"can be written to; got .*a\.png"):
+    with pytest.raises(demo.OutputError, match=r"writable; got .*a\.png"):
         write_atomically(tmp_path / "a.png", lambda file: None)
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 

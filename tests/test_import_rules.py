@@ -30,7 +30,8 @@ LAYERS = (
     {"nn"},
     {"functional"},
     {"ops"},
-    {"moments", "layout", "activations"},
+    {"results"},
+    {"moments", "layout", "activations", "files"},
     {"errors"},
 )
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}

@@ -6,7 +6,14 @@ The classes inherit from the built-in exceptions that ``torch.nn`` raises in the
 
 from __future__ import annotations
 
-__all__ = ["DtypeError", "InputError", "NonFiniteError", "NormwiseError", "message"]
+__all__ = [
+    "DtypeError",
+    "InputError",
+    "NonFiniteError",
+    "NormwiseError",
+    "OutputError",
+    "message",
+]
 
 
 class NormwiseError(Exception):
@@ -23,6 +30,10 @@ class DtypeError(NormwiseError, TypeError, NotImplementedError):
 
 class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):
     """``nonfinite='raise'`` met a batch whose statistics are not finite."""
+
+
+class OutputError(NormwiseError, OSError):
+    """A file or a directory that cannot be made or written to."""
 
 
 def message(invariant: str, got: str, hint: str) -> str:

@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the demo, prints it, and returns the exit code."""
     from ..demo import require, run
 
-    require("sklearn", "matplotlib", "rich")
+    require("sklearn", "matplotlib")
     from rich.console import Console
 
     from ..demo.summary import print_summary

@@ -5,8 +5,8 @@ Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing In
 Shift" (2015), https://arxiv.org/abs/1502.03167.
 """
 
+from ..errors import OutputError
 from .experiment import run
-from .output import OutputError
 from .requirements import MissingDependencyError, require
 from .result import DemoResult, NetworkResult
 from .verify import Agreement

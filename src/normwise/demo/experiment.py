@@ -10,10 +10,11 @@ from time import perf_counter
 import numpy as np
 
 from ..errors import InputError, message
+from ..files import write_atomically
 from .data import load_digits
 from .isolation import isolated
 from .network import NORMS
-from .output import prepare, write_atomically
+from .output import HINT, prepare
 from .requirements import require
 from .result import DemoResult, summarize
 from .settings import FULL, QUICK
@@ -80,5 +81,5 @@ def run(
     from .picture import draw
 
     result = replace(result, picture=directory / PICTURE)
-    write_atomically(directory / PICTURE, lambda file: draw(result, file))
+    write_atomically(directory / PICTURE, lambda file: draw(result, file), HINT)
     return result

@@ -8,7 +8,7 @@ from ..errors import NormwiseError, message
 
 __all__ = ["MissingDependencyError", "require"]
 
-PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 """Import name to package name: the ``demo`` extra of pyproject.toml."""
 
 
