@@ -12,6 +12,7 @@ from normwise.moments import Moments
 from normwise.ops import backends
 
 if TYPE_CHECKING:
+    from normwise.graph import fold
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.memory import memory_saver
 
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
     "backends",
     "errors",
+    "fold",
     "functional",
     "memory_saver",
     "nn",
@@ -32,7 +34,11 @@ __all__ = [
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
-_TOOLS = {"memory_saver": "normwise.tools.memory", "tune_allocator": "normwise.tools.allocator"}
+_TOOLS = {
+    "fold": "normwise.graph",
+    "memory_saver": "normwise.tools.memory",
+    "tune_allocator": "normwise.tools.allocator",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,7 @@
+"""Models as graphs: recorded once, their norms found and folded into the layers around them."""
+
+from normwise.graph.fold import FoldResult, fold
+from normwise.graph.reasons import REASONS
+from normwise.graph.report import FoldReport
+
+__all__ = ["REASONS", "FoldReport", "FoldResult", "fold"]

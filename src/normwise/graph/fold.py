@@ -1,0 +1,216 @@
+"""``fold``: the same model without its batch norms, and proof of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from normwise.errors import InputError, message
+from normwise.graph import measure, verify
+from normwise.graph.edits import Edits, apply, edits_of
+from normwise.graph.norms import Norm
+from normwise.graph.plan import Plan, make_plan
+from normwise.graph.record import record
+from normwise.graph.report import FoldReport
+from normwise.graph.run import Call, copy_of, same_random_numbers
+from normwise.results import Entry, Result
+
+__all__ = ["FoldResult", "fold"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class FoldResult(Result[M, FoldReport]):
+    """``result.model``, ``result.report``; unpacks as ``model, report``."""
+
+
+class _Folder:
+    """One model, folded as far as the proof holds."""
+
+    def __init__(self, model: nn.Module, call: Call) -> None:
+        self.model = model
+        self.call = call
+        self.traced = copy_of(model).eval() if model.training else copy_of(model)
+        try:
+            with same_random_numbers():
+                self.trace = record(self.traced, call)
+        except Exception as error:
+            raise InputError(
+                message(
+                    "the model must run on the example inputs",
+                    f"{type(error).__name__}: {error}",
+                    "example inputs as the model is called with: a tensor, a tuple of positional "
+                    "arguments, or a dict of keyword arguments",
+                )
+            ) from error
+        self.forbidden: set[tuple[str, str]] = set()
+
+    def fresh(self) -> nn.Module:
+        copy = copy_of(self.model)
+        return copy.eval() if self.model.training else copy
+
+    def plan(self, without: Iterable[tuple[str, str]] = ()) -> Plan:
+        return make_plan(self.traced, self.trace, {*self.forbidden, *without})
+
+    def watches(self, plan: Plan) -> list[verify.Watch]:
+        watches = []
+        for norm in plan.norms:
+            fate = plan.fates[norm]
+            if fate.action == "left":
+                continue
+            own = () if norm.module is None else (norm.name,)
+            paths = own if fate.direction != "down" else fate.into
+            watches.append(verify.Watch(norm.name, tuple(p for p in paths if p)))
+        return watches
+
+    def prove(self, plan: Plan, edits: Edits) -> verify.Verdict:
+        watches = self.watches(plan)
+        paths = [p for w in watches for p in w.paths]
+        truth = verify.exact_outputs(self.fresh(), self.call, paths)
+        original = verify.run(self.fresh(), self.call, paths)
+        folded = apply(edits, self.fresh())
+        exact = apply(edits, self.fresh().double())
+        return verify.compare(watches, truth, original, folded, exact, self.call)
+
+    def run(self) -> tuple[Plan, Edits, verify.Verdict]:
+        """The plan that holds; what came out wrong is forbidden and planned again."""
+        while True:
+            plan = self.plan()
+            edits = edits_of(plan)
+            verdict = self.prove(plan, edits)
+            if verdict.passed:
+                return plan, edits, verdict
+            name = verdict.first_wrong() if verdict.error is None else None
+            self.forbid(plan, name or self.culprit(plan))
+
+    def forbid(self, plan: Plan, name: str) -> None:
+        fate = next(plan.fates[n] for n in plan.norms if n.name == name)
+        step = (name, fate.direction or "stay")
+        assert step not in self.forbidden
+        self.forbidden.add(step)
+
+    def culprit(self, plan: Plan) -> str:
+        """The norm with which a model first goes wrong as a whole: by bisection, n norms folded."""
+        changed = [n for n in plan.norms if plan.fates[n].action != "left"]
+        low, high = 0, len(changed)
+        while high - low > 1:
+            middle = (low + high) // 2
+            rest: set[tuple[str, str]] = set()
+            for norm in changed[middle:]:
+                rest |= {(norm.name, d) for d in ("up", "down", "stay")}
+            part = self.plan(rest)
+            if self.prove(part, edits_of(part)).passed:
+                low = middle
+            else:
+                high = middle
+        return changed[high - 1].name
+
+
+def _entry(norm: Norm, plan: Plan, verdict: verify.Verdict) -> Entry:
+    fate = plan.fates[norm]
+    check = verdict.layers.get(norm.name)
+    facts: dict[str, Any] = {"direction": fate.direction or None, "detail": fate.detail or None}
+    if check is not None:
+        facts |= {"error": check.folded, "error64": check.exact}
+    return Entry(norm.name, fate.action, ", ".join(fate.into) or None, fate.reason, facts)
+
+
+def _entries(model: nn.Module, plan: Plan, verdict: verify.Verdict) -> list[Entry]:
+    entries = [_entry(norm, plan, verdict) for norm in plan.norms]
+    seen = {e.name for e in entries}
+    for path, module in model.named_modules():
+        scripted = str(getattr(module, "original_name", ""))
+        if path not in seen and (isinstance(module, _BatchNorm) or "BatchNorm" in scripted):
+            entries.append(Entry(path, "left", reason="not-reached"))
+    return entries
+
+
+def fold(
+    model: M, example_inputs: Any, *, inplace: bool = False, seconds: float = 0.5
+) -> FoldResult[M]:
+    r"""Fold the batch norms of a model in eval mode into the layers around them.
+
+    In eval a batch norm is :math:`y = a_c x + b_c` for each channel, with
+    :math:`a = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`b = \beta - a \mu`, and two linear
+    maps in a row are one (Jacob et al. 2018, section 3.2). A norm goes *up* into the convolutions,
+    linear layers, embeddings, attention projections or norms that make its input, or *down* into
+    those that read its output, through whatever commutes between: pooling, reshaping, concatenation,
+    slicing, channel shuffles, upsampling, addition. A zero-padded convolution after a norm keeps
+    what the shift gives to its border. What goes nowhere becomes one multiply-add.
+
+    The model is run once and recorded; norms that are written as function calls are found too.
+    Every fold is then verified, layer by layer and end to end, in float64 and in the model's dtype;
+    one that differs beyond rounding is undone and reported.
+
+    Args:
+        model: any module; it is left as it was. One in training mode is folded as in eval mode;
+            a norm that was left in training mode inside a model in eval mode stays.
+        example_inputs: what the model is called with: a tensor, a tuple of positional arguments or
+            a dict of keyword arguments. The fold holds for inputs that take the same way through the
+            code; where the code asks for values of tensors, the norms around stay.
+        inplace: change ``model`` itself.
+        seconds: how long to measure the latency before and after, about; 0 for not at all.
+
+    Returns:
+        FoldResult: ``model``, of the same class as before (trainable, scriptable, exportable), in
+        eval mode; and ``report``, a :class:`FoldReport`. Unpacks as ``model, report``.
+
+    Raises:
+        InputError: if the model has no batch norm, does not run on the example inputs, or cannot be
+            copied.
+
+    Example:
+        >>> import torch, normwise as nw
+        >>> from normwise import fold
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU()
+        ... ).eval()
+        >>> x = torch.randn(2, 3, 9, 9)
+        >>> folded, report = fold(net, x, seconds=0)
+        >>> folded[1], report["1"].action, report["1"].into
+        (Identity(), 'folded', '0')
+        >>> torch.allclose(folded(x), net(x), atol=1e-5)
+        True
+    """
+    call = Call.of(example_inputs)
+    folder = _Folder(model, call)
+    plan, edits, verdict = folder.run()
+    entries = _entries(folder.traced, plan, verdict)
+    if not entries:
+        raise InputError(
+            message(
+                "fold takes a model with batch norms",
+                f"{type(model).__name__} without one",
+                "normwise.nn or torch.nn batch norms; other norms average over their input and "
+                "cannot be folded",
+            )
+        )
+    before = folder.fresh()
+    if inplace and model.training:
+        model.eval()
+    after = apply(edits, model if inplace else folder.fresh())
+    facts: dict[str, Any] = {
+        "found": len(entries),
+        "parameters": (measure.size(before), measure.size(after)),
+        "error": verdict.whole.folded,
+        "error64": verdict.whole.exact,
+    }
+    per_call = {n: sum(_numel(s.y.shape) for s in n.sites) for n in plan.norms}
+    kept = sum(v for n, v in per_call.items() if plan.fates[n].action in ("multiply-add", "left"))
+    facts["multiply_adds"] = (
+        measure.multiply_adds(before, call) + sum(per_call.values()),
+        measure.multiply_adds(after, call) + kept,
+    )
+    if seconds > 0:
+        facts["latency_ms"] = measure.latency(before, after, call, seconds)
+    return FoldResult(after, FoldReport(entries, facts))  # type: ignore[arg-type] # M before and after
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    n = 1
+    for size in shape:
+        n *= size
+    return n
