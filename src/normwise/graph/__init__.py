@@ -1,6 +1,6 @@
 """Models as graphs: recorded once, their norms found and folded into the layers around them."""
 
-from normwise.graph.fold import FoldResult, fold
+from normwise.graph.folding import FoldResult, fold
 from normwise.graph.reasons import REASONS
 from normwise.graph.report import FoldReport
 

@@ -89,7 +89,7 @@ def _norm_edit(norm: Norm, plan: Plan, places: dict[int, str]) -> NormEdit | Non
 def edits_of(plan: Plan) -> Edits:
     """The plan's changes, told from the model that it was made on."""
     around = plan.surroundings
-    places = {}
+    places: dict[int, str] = {}
     for path, module in around.model.named_modules():
         for name, t in (*module._parameters.items(), *module._buffers.items()):
             if t is not None:
@@ -149,7 +149,7 @@ def apply(edits: Edits, model: nn.Module) -> nn.Module:
         getattr(module, last).copy_(value)
     for path, value in edits.biases.items():
         module = model.get_submodule(path)
-        weight = module.weight if isinstance(module.weight, Tensor) else next(module.parameters())
+        weight = next(module.parameters())
         bias = nn.Parameter(_like(value, weight), weight.requires_grad)
         module.register_parameter("bias", bias)
     for edit in edits.norms:
@@ -177,7 +177,6 @@ def apply(edits: Edits, model: nn.Module) -> nn.Module:
         model = _replace(model, edit.path, new)
     for path, value in edits.borders.items():
         conv = model.get_submodule(path)
-        weight = conv.weight
-        assert isinstance(weight, Tensor)
-        model = _replace(model, path, bordered(conv, _like(value, weight)))
+        border = _like(value, next(conv.parameters()))
+        model = _replace(model, path, bordered(conv, border))
     return model

@@ -106,7 +106,7 @@ class BorderConv1d(nn.Conv1d):
     border: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self._conv_forward(input, self.weight, self.bias)
+        y: Tensor = self._conv_forward(input, self.weight, self.bias)
         ones = torch.ones((1, 1, input.size(-1)), dtype=input.dtype, device=input.device)
         edge = F.conv1d(ones, self.border, None, self.stride, self.padding, self.dilation)
         return y + (edge if input.dim() == 3 else edge[0])
@@ -116,7 +116,7 @@ class BorderConv2d(nn.Conv2d):
     border: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self._conv_forward(input, self.weight, self.bias)
+        y: Tensor = self._conv_forward(input, self.weight, self.bias)
         ones = torch.ones(
             (1, 1, input.size(-2), input.size(-1)), dtype=input.dtype, device=input.device
         )
@@ -128,7 +128,7 @@ class BorderConv3d(nn.Conv3d):
     border: nn.Parameter
 
     def forward(self, input: Tensor) -> Tensor:
-        y = self._conv_forward(input, self.weight, self.bias)
+        y: Tensor = self._conv_forward(input, self.weight, self.bias)
         ones = torch.ones(
             (1, 1, input.size(-3), input.size(-2), input.size(-1)),
             dtype=input.dtype,
@@ -142,17 +142,14 @@ class BorderConvTranspose1d(nn.ConvTranspose1d):
     border: nn.Parameter
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 1, self.dilation
-        )
+        stride, dilation = list(self.stride), list(self.dilation)
+        padding, kernel = [int(p) for p in self.padding], list(self.kernel_size)
+        extra = self._output_padding(input, output_size, stride, padding, kernel, 1, dilation)
         y = F.conv_transpose1d(
-            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups,
-            self.dilation,
-        )  # fmt: skip
-        ones = torch.ones((1, 1, input.size(-1)), dtype=input.dtype, device=input.device)
-        edge = F.conv_transpose1d(
-            ones, self.border, None, self.stride, self.padding, extra, 1, self.dilation
+            input, self.weight, self.bias, stride, padding, extra, self.groups, dilation
         )
+        ones = torch.ones((1, 1, input.size(-1)), dtype=input.dtype, device=input.device)
+        edge = F.conv_transpose1d(ones, self.border, None, stride, padding, extra, 1, dilation)
         return y + (edge if input.dim() == 3 else edge[0])
 
 
@@ -160,19 +157,16 @@ class BorderConvTranspose2d(nn.ConvTranspose2d):
     border: nn.Parameter
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-        )
+        stride, dilation = list(self.stride), list(self.dilation)
+        padding, kernel = [int(p) for p in self.padding], list(self.kernel_size)
+        extra = self._output_padding(input, output_size, stride, padding, kernel, 2, dilation)
         y = F.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups,
-            self.dilation,
-        )  # fmt: skip
+            input, self.weight, self.bias, stride, padding, extra, self.groups, dilation
+        )
         ones = torch.ones(
             (1, 1, input.size(-2), input.size(-1)), dtype=input.dtype, device=input.device
         )
-        edge = F.conv_transpose2d(
-            ones, self.border, None, self.stride, self.padding, extra, 1, self.dilation
-        )
+        edge = F.conv_transpose2d(ones, self.border, None, stride, padding, extra, 1, dilation)
         return y + (edge if input.dim() == 4 else edge[0])
 
 
@@ -180,21 +174,18 @@ class BorderConvTranspose3d(nn.ConvTranspose3d):
     border: nn.Parameter
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 3, self.dilation
-        )
+        stride, dilation = list(self.stride), list(self.dilation)
+        padding, kernel = [int(p) for p in self.padding], list(self.kernel_size)
+        extra = self._output_padding(input, output_size, stride, padding, kernel, 3, dilation)
         y = F.conv_transpose3d(
-            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups,
-            self.dilation,
-        )  # fmt: skip
+            input, self.weight, self.bias, stride, padding, extra, self.groups, dilation
+        )
         ones = torch.ones(
             (1, 1, input.size(-3), input.size(-2), input.size(-1)),
             dtype=input.dtype,
             device=input.device,
         )
-        edge = F.conv_transpose3d(
-            ones, self.border, None, self.stride, self.padding, extra, 1, self.dilation
-        )
+        edge = F.conv_transpose3d(ones, self.border, None, stride, padding, extra, 1, dilation)
         return y + (edge if input.dim() == 5 else edge[0])
 
 

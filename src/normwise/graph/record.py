@@ -271,7 +271,8 @@ class _Dispatches(TorchDispatchMode):
     """What reaches the dispatcher outside a recorded call."""
 
     def __init__(self, functions: _Functions) -> None:
-        super().__init__()
+        base: Any = super()
+        base.__init__()
         self.functions = functions
 
     def __torch_dispatch__(

@@ -7,7 +7,6 @@ positive: only a scale above zero passes (max pooling); 'relu': and no shift pas
 
 from __future__ import annotations
 
-from numbers import Number
 from typing import Any, Literal
 
 import torch
@@ -92,13 +91,13 @@ def _average_without_border(node: Node) -> bool:
 
 def _one_operand(node: Node) -> bool:
     operands = node.args[:2]
-    numbers = [o for o in operands[1:] if isinstance(o, Number)]
+    numbers = [o for o in operands[1:] if isinstance(o, (int, float))]
     return (
         isinstance(operands[0], Value)
         and len(numbers) == len(operands) - 1
         and not isinstance(node.kwargs.get("other"), Value)
         and node.kwargs.get("rounding_mode") is None
-        and 0 not in numbers
+        and all(n != 0 for n in numbers)
     )
 
 

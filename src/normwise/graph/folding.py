@@ -56,15 +56,28 @@ class _Folder:
         return make_plan(self.traced, self.trace, {*self.forbidden, *without})
 
     def watches(self, plan: Plan) -> list[verify.Watch]:
-        watches = []
-        for norm in plan.norms:
+        """Where each fold shows: at the norm's own output; for a norm that went down at the output
+        of who took it, or, if that took up another norm too, where that one shows."""
+        by_name = {n.name: n for n in plan.norms}
+        above = {
+            path: n
+            for n in plan.norms
+            if plan.fates[n].direction == "up"
+            for path in plan.fates[n].into
+        }
+
+        def shows(norm: Norm) -> list[str]:
             fate = plan.fates[norm]
-            if fate.action == "left":
-                continue
-            own = () if norm.module is None else (norm.name,)
-            paths = own if fate.direction != "down" else fate.into
-            watches.append(verify.Watch(norm.name, tuple(p for p in paths if p)))
-        return watches
+            if fate.direction != "down":
+                return [] if norm.module is None else [norm.name]
+            paths = []
+            for path in fate.into:
+                further = by_name.get(path) or above.get(path)
+                paths += [path] if further is None else shows(further)
+            return [p for p in paths if p]
+
+        changed = [n for n in plan.norms if plan.fates[n].action != "left"]
+        return [verify.Watch(n.name, tuple(shows(n))) for n in changed]
 
     def prove(self, plan: Plan, edits: Edits) -> verify.Verdict:
         watches = self.watches(plan)
@@ -137,9 +150,9 @@ def fold(
     :math:`a = \gamma / \sqrt{\sigma^2 + \epsilon}` and :math:`b = \beta - a \mu`, and two linear
     maps in a row are one (Jacob et al. 2018, section 3.2). A norm goes *up* into the convolutions,
     linear layers, embeddings, attention projections or norms that make its input, or *down* into
-    those that read its output, through whatever commutes between: pooling, reshaping, concatenation,
-    slicing, channel shuffles, upsampling, addition. A zero-padded convolution after a norm keeps
-    what the shift gives to its border. What goes nowhere becomes one multiply-add.
+    those that read its output, through whatever commutes between: pooling, reshaping,
+    concatenation, slicing, channel shuffles, upsampling, addition. A zero-padded convolution after
+    a norm keeps what the shift gives to its border. What goes nowhere becomes one multiply-add.
 
     The model is run once and recorded; norms that are written as function calls are found too.
     Every fold is then verified, layer by layer and end to end, in float64 and in the model's dtype;
@@ -149,8 +162,8 @@ def fold(
         model: any module; it is left as it was. One in training mode is folded as in eval mode;
             a norm that was left in training mode inside a model in eval mode stays.
         example_inputs: what the model is called with: a tensor, a tuple of positional arguments or
-            a dict of keyword arguments. The fold holds for inputs that take the same way through the
-            code; where the code asks for values of tensors, the norms around stay.
+            a dict of keyword arguments. The fold holds for inputs that take the same way through
+            the code; where the code asks for values of tensors, the norms around stay.
         inplace: change ``model`` itself.
         seconds: how long to measure the latency before and after, about; 0 for not at all.
 
