@@ -73,6 +73,8 @@ class Taker:
     rank: int = 0
     transposed: bool = False
     groups: int = 1
+    before: nn.Module | None = None
+    """The module that holds what changes on the input side, where that is another one."""
     extra: tuple[Value, ...] = ()
     """Further parameters of the call that a change on the input side would concern."""
 
@@ -296,7 +298,9 @@ def _attention(node: Node, owners: Owners) -> Taker | None:
     before = isinstance(packed, Value) and packed.tensor is not None and len(inputs) == 3
     extra = tuple(v for v in (packed, packed_bias) if isinstance(v, Value) and v.tensor is not None)
     owner, name = owners(weight.tensor)[0]
+    holders = owners(extra[0].tensor) if before and extra[0].tensor is not None else []
     return Taker(
         node, "attention", inputs if before else (), node.outputs[0], weight, bias, owner, name,
-        "bias" if bias is not None else None, extra=extra if before else (),
+        "bias" if bias is not None else None, before=holders[0][0] if holders else None,
+        extra=extra if before else (),
     )  # fmt: skip

@@ -72,7 +72,8 @@ class _Folder:
                 return [] if norm.module is None else [norm.name]
             paths = []
             for path in fate.into:
-                further = by_name.get(path) or above.get(path)
+                inner = (n for p, n in above.items() if p == path or p.startswith(path + "."))
+                further = by_name.get(path) or next(inner, None)
                 paths += [path] if further is None else shows(further)
             return [p for p in paths if p]
 

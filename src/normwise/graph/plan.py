@@ -314,7 +314,7 @@ class Planner:
         shifts = self._shifts(takers, reaches, scales, demands, up.region)
 
         changed = {self._y(t) for t in takers} | {v for n in up.region for v in n.outputs}
-        owners = self._owners_of(takers)
+        owners = self._owners_of(takers, "up")
         nodes = [*up.region, *up.takers, *(s.node for s in norm.sites)]
         self.around.check_hooks(owners, changed)
         self.around.check_static(nodes, owners)
@@ -322,15 +322,22 @@ class Planner:
         self._commit_up(takers, scales, shifts, list(up.takers))
         return self._gone("up", takers, nodes)
 
-    def _owners_of(self, takers: Sequence[Taker | _NormTaker]) -> list[nn.Module]:
-        owners = [t.owner if isinstance(t, Taker) else t.norm.module for t in takers]
+    def _owner(self, taker: Taker | _NormTaker, direction: str) -> nn.Module | None:
+        if isinstance(taker, _NormTaker):
+            return taker.norm.module
+        return taker.before or taker.owner if direction == "down" else taker.owner
+
+    def _owners_of(self, takers: Sequence[Taker | _NormTaker], direction: str) -> list[nn.Module]:
+        owners = (self._owner(t, direction) for t in takers)
         return list(dict.fromkeys(o for o in owners if o is not None))
 
     def _gone(
         self, direction: str, takers: Sequence[Taker | _NormTaker], nodes: Sequence[Node]
     ) -> Fate:
+        owners = [self._owner(t, direction) for t in takers]
         into = [
-            self.around.path_of(t.owner) if isinstance(t, Taker) else t.norm.name for t in takers
+            t.norm.name if isinstance(t, _NormTaker) else self.around.path_of(o or t.owner)
+            for t, o in zip(takers, owners, strict=True)
         ]
         merged = all(isinstance(t, _NormTaker) for t in takers)
         return Fate(
@@ -338,7 +345,7 @@ class Planner:
             direction,
             tuple(dict.fromkeys(into)),
             nodes=tuple(nodes),
-            owners=tuple(self._owners_of(takers)),
+            owners=tuple(self._owners_of(takers, direction)),
         )
 
     def _reaches(
@@ -355,9 +362,11 @@ class Planner:
         for vector in labels(channels):
             seed = spread(vector, y.shape, axis)
             runs.append(propagate(region, {y: seed}, self._run))
+        constants = propagate(region, {}, self._run)
         found = []
         for d in demands:
-            at = [run.get(d.value, _ZERO.expand(d.value.shape)) for run in runs]
+            nothing = _ZERO.expand(d.value.shape)
+            at = [run.get(d.value, nothing) - constants.get(d.value, nothing) for run in runs]
             if axes is not None:
                 for dim, size in enumerate(d.value.shape):
                     if dim not in axes and dim != d.axis:
@@ -501,7 +510,7 @@ class Planner:
         if any(rules.kind(n) != "linear" for n in region) and bool((a <= 0).any()):
             raise Refusal("negative-scale")
         changed = {s.y for s in norm.sites} | {v for n in region for v in n.outputs}
-        owners = self._owners_of([t for t, _ in takers])
+        owners = self._owners_of([t for t, _ in takers], "down")
         nodes = [*region, *(self._node(t) for t, _ in takers), *(s.node for s in norm.sites)]
         self.around.check_hooks(owners, changed)
         self.around.check_static(nodes, owners)
@@ -575,7 +584,7 @@ class Planner:
         own = [self._node(t) for t, _ in takers]
         done: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         for taker, value in takers:
-            arrived = reach(at_r[value], at_s[value], channels)
+            arrived = reach(at_r[value] - at_0[value], at_s[value] - at_0[value], channels)
             met = foreign.get(value)
             if met is not None and bool(((met != 0) & (arrived.channel >= 0)).any()):
                 raise Refusal("blocked", "by an addition of what it cannot scale")
@@ -622,7 +631,8 @@ class Planner:
         linear = [n for n in region if rules.kind(n) == "linear"]
         if len(linear) != len(region):
             raise Refusal("blocked", "by a maximum over what it cannot scale")
-        return propagate(region, seeds, self._run)
+        with_them, without = (propagate(region, seed, self._run) for seed in (seeds, {}))
+        return {v: with_them[v] - without[v] for n in region for v in n.outputs}
 
     def _take_inputs(
         self,

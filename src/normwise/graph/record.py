@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,15 +122,31 @@ _METADATA = frozenset(
         "_is_view", "broadcast_tensors_meta", "dim_order", "is_distributed", "__delete__",
     }
 )  # fmt: skip
-_BLIND = frozenset({"data_ptr", "numpy", "__array__", "__dlpack__"})  # fmt: skip
+# Calls whose result's shape depends on values: code that asks for the shape asks for them.
+_SHAPED_BY_VALUES = frozenset(
+    {
+        "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount",
+        "combinations",
+    }
+)  # fmt: skip
 
 
 def _name(func: Callable[..., Any]) -> str:
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        return str(func).replace(".", "::", 1).partition(".")[0]
     name = getattr(func, "__name__", None) or str(func)
     if name == "__get__":  # a property of Tensor: x.T, x.shape, x.data
         owner = getattr(func, "__self__", None)
         return f"get:{getattr(owner, '__name__', '?')}"
     return name
+
+
+def _reads_values(node: Node) -> bool:
+    masks = node.name == "__getitem__" and any(
+        v.dtype in (torch.bool, torch.uint8) for v in node.inputs[1:]
+    )
+    wheres = node.name == "where" and len(node.args) + len(node.kwargs) == 1
+    return node.name in _SHAPED_BY_VALUES or masks or wheres
 
 
 def _version(t: Tensor) -> int:
@@ -205,15 +222,15 @@ class _Recorder:
             value.readers.append(node)
             if id(t) in self.own:
                 self.uses.setdefault(id(t), []).append(node)
-        if not made or name in _BLIND:
+        if not made or _reads_values(node):
             for call in self.stack[-1].chain():
                 call.dynamic = True
+        if not made:
             return result
         self.written |= node.writes
         for slot, t in enumerate(made):
-            if any(t is g for g in given) and not node.writes:
-                # Handed through (dropout in eval, x.contiguous()): a new name for the same tensor.
-                pass
+            # Also where a call hands its argument through (dropout in eval, x.contiguous()): from
+            # here on the tensor is known as this call's result.
             node.outputs.append(self.define(t, "call", maker=node, slot=slot))
         self.nodes.append(node)
         return result
@@ -264,6 +281,8 @@ class _Functions(TorchFunctionMode):
 
         if self.depth:
             return run()
+        if func is Tensor.__iter__:  # for row in x; a, b = x
+            return iter(self.__torch_function__(torch.unbind, types, args, kwargs))
         return self.recorder.call(func, _name(func), args, kwargs, run)
 
 
@@ -281,8 +300,9 @@ class _Dispatches(TorchDispatchMode):
         kwargs = kwargs or {}
         if self.functions.depth or func.namespace == "prim":
             return func(*args, **kwargs)
-        name = f"{func.namespace}::{func.overloadpacket.__name__}"
-        return self.functions.recorder.call(func, name, args, kwargs, lambda: func(*args, **kwargs))
+        return self.functions.recorder.call(
+            func, _name(func), args, kwargs, lambda: func(*args, **kwargs)
+        )
 
 
 @contextlib.contextmanager

@@ -63,18 +63,37 @@ def same_random_numbers(seed: int = 0) -> Iterator[None]:
         yield
 
 
+def _results_in(tree: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Tensors in attributes that are results of computations, which copy.deepcopy refuses."""
+    if isinstance(tree, Tensor):
+        if not tree.is_leaf:
+            yield tree
+    elif depth:
+        inner = tree.values() if isinstance(tree, dict) else tree
+        if isinstance(inner, (list, tuple, set, type({}.values()))):
+            for item in inner:
+                yield from _results_in(item, depth - 1)
+
+
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, or a clear error."""
+    """A deep copy. Results of an earlier forward that the model keeps are copied without graph.
+
+    Raises:
+        InputError: if the model cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for t in _results_in(vars(module)):
+            memo[id(t)] = t.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:
         raise InputError(
             message(
                 "a model is edited as a deep copy of itself",
                 f"{type(model).__name__}, whose copy.deepcopy fails with {type(error).__name__}: "
                 f"{error}",
-                "a model without results of computations, locks, streams or open files among its "
-                "attributes (detach() such tensors)",
+                "a model without locks, streams, generators or open files among its attributes",
             )
         ) from error
 
