@@ -233,7 +233,7 @@ def to_onnx(
             message(
                 "where all batch norms are folded the file holds none",
                 f"{left} BatchNormalization nodes",
-                "norms that are modules: one that is written as a function call stays a call",
+                "result.export(), whose program can be read; and report this as a defect",
             )
         )
     gap = None

@@ -87,7 +87,8 @@ class FoldResult(Result[M, FoldReport]):
         """
         from normwise.graph.exporting import to_onnx
 
-        whole = all(entry.action != "left" for entry in self.report)
+        # A norm that is written as a function call stays one, though it changes nothing.
+        whole = all(e.action != "left" for e in self.report) and not self.structure["neutral"]
         return to_onnx(self.model, self._call(example_inputs), path, whole)
 
     def _call(self, example_inputs: Any) -> Call:

@@ -185,19 +185,17 @@ def _config(path: Path, model: nn.Module) -> dict[str, Any]:
     return config
 
 
-def _module(path: Path, model: nn.Module, name: object) -> nn.Module:
-    modules = dict(model.named_modules(remove_duplicate=False))
+def _module(path: Path, modules: Mapping[str, nn.Module], name: object) -> nn.Module:
     if not isinstance(name, str) or name not in modules:
         _refuse(path, f"changes to a module {name!r} that the model does not have")
-    found: nn.Module = modules[name]
-    return found
+    return modules[name]
 
 
-def _norm_edit(path: Path, model: nn.Module, entry: object) -> NormEdit:
+def _norm_edit(path: Path, modules: Mapping[str, nn.Module], entry: object) -> NormEdit:
     if not isinstance(entry, dict):
         _refuse(path, "a norm that is no JSON object")
     name, kind = entry.get("path"), entry.get("kind")
-    norm = _module(path, model, name)
+    norm = _module(path, modules, name)
     if not is_norm(norm):
         _refuse(path, f"a folded batch norm {name!r}, where the model has a {type(norm).__name__}")
     if kind not in KINDS:
@@ -212,7 +210,9 @@ def _norm_edit(path: Path, model: nn.Module, entry: object) -> NormEdit:
         _refuse(path, f"a channel axis {axis!r}")
     if kind == "affine" and (type(features) is not int or features != norm.num_features):
         _refuse(path, f"{features!r} channels of {name!r}, which has {norm.num_features}")
-    number = torch.zeros(norm.num_features, dtype=torch.float64) if kind == "affine" else None
+    number = None
+    if kind == "affine":
+        number = torch.zeros(int(norm.num_features), dtype=torch.float64)  # type: ignore[arg-type] # an int
     return NormEdit(str(name), kind, activation, axis, number, number)
 
 
@@ -222,22 +222,23 @@ def _edits(path: Path, model: nn.Module, structure: Mapping[str, Any]) -> Edits:
     borders = structure.get("borders")
     if not all(isinstance(part, list) for part in lists) or not isinstance(borders, dict):
         _refuse(path, "a structure that is not one of result.save()")
+    modules = dict(model.named_modules(remove_duplicate=False))
     edits = Edits()
     for name in structure["biases"]:
-        module = _module(path, model, name)
+        module = _module(path, modules, name)
         weight = module._parameters.get("weight")
         if module._parameters.get("bias", module) is not None or weight is None:
             _refuse(path, f"a new bias for {name!r}, which has one or has no place for it")
         channels = getattr(module, "out_channels", getattr(module, "out_features", 0))
         edits.biases[name] = torch.zeros(channels, dtype=torch.float64)
     for name in borders:
-        module = _module(path, model, name)
+        module = _module(path, modules, name)
         if type(module) not in BORDERED:
             _refuse(path, f"a border for {name!r}, which is {type(module).__name__}")
         kernel, channels = tuple(module.kernel_size), module.out_channels  # type: ignore[arg-type] # of convolutions
         size = (1, channels) if getattr(module, "transposed", False) else (channels, 1)
         edits.borders[name] = torch.zeros(*size, *kernel, dtype=torch.float64)
-    edits.norms = [_norm_edit(path, model, entry) for entry in structure["norms"]]
+    edits.norms = [_norm_edit(path, modules, entry) for entry in structure["norms"]]
     changed = [e.path for e in edits.norms]
     if len(set(changed)) != len(changed):
         _refuse(path, "two changes to one batch norm")
