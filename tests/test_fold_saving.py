@@ -320,6 +320,7 @@ HOSTILE: dict[str, tuple[Callable[[Json, Json], object], str]] = {
     "training": (lambda h, c: c.update(training=[3]), "module 3"),
     "shape": (lambda h, c: h["head.weight"].update(shape=[8, 4]), r"shape \[8, 4\]"),
     "huge shape": (lambda h, c: h["head.weight"].update(shape=[2**40, 2**40]), "Error"),
+    "other dtype": (lambda h, c: h["head.weight"].update(dtype="I32"), "head.weight as I32"),
     "offsets": (lambda h, c: h["head.weight"].update(data_offsets=[0, 2**60]), "Error"),
     "renamed": (lambda h, c: h.update(other=h.pop("head.bias")), "head.bias, other"),
 }  # fmt: skip

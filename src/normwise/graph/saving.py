@@ -42,13 +42,13 @@ KEY, VERSION = "normwise.fold", 1
 # The header may be this long for a model of n modules and tensors. Measured: 130 to 190 bytes a
 # tensor on ResNets; parsed JSON takes up to 30 times its length, which is what is bounded here.
 HEADER, HEADER_EACH = 2**16, 2**11
-DTYPES = {
-    str(t).removeprefix("torch."): t
-    for t in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.int64,
-        torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
+# The dtypes that a file may hold, and what safetensors calls them.
+CODES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.complex64: "C64", torch.int64: "I64", torch.int32: "I32", torch.int16: "I16",
+    torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES}
 KINDS = ("identity", "tail", "affine")
 
 M = TypeVar("M", bound=nn.Module)
@@ -89,11 +89,12 @@ def _to_save(model: nn.Module, extra: list[str]) -> dict[str, Tensor]:
     """What the state dict holds, and of the rest what the fold changed."""
     tensors: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
+        dense = isinstance(value, Tensor) and value.layout == torch.strided
+        if not dense or value.dtype not in CODES:
             raise InputError(
                 message(
-                    "a folded model is saved as dense tensors",
-                    f"{name}, which is {type(value).__name__}",
+                    "a folded model is saved as dense tensors of common dtypes",
+                    f"{name}, which is {getattr(value, 'dtype', type(value).__name__)}",
                     "torch.save(result.model) for models with other state",
                 )
             )
@@ -276,9 +277,11 @@ def _check_tensors(
     if odd:
         _refuse(path, f"tensors of another model: {', '.join(odd[:5])}")
     for name in held:
-        shape = list(file.get_slice(name).get_shape())
-        if shape != list(wanted[name].shape):
-            _refuse(path, f"{name} of shape {shape}, which is {list(wanted[name].shape)}")
+        part, like = file.get_slice(name), wanted[name]
+        if list(part.get_shape()) != list(like.shape):
+            _refuse(path, f"{name} of shape {list(part.get_shape())}, which is {list(like.shape)}")
+        if part.get_dtype() != CODES.get(like.dtype):
+            _refuse(path, f"{name} as {part.get_dtype()}, which is {like.dtype}")
 
 
 def load_folded(model: M, path: str | os.PathLike[str]) -> M:
