@@ -50,6 +50,13 @@ class Check:
     def passed(self) -> bool:
         return (self.exact is None or self.exact <= EXACT) and self.folded <= self.allowed
 
+    def __str__(self) -> str:
+        exact = "" if self.exact is None else f", and by {self.exact:.1e} in float64"
+        return (
+            f"off by {self.folded:.1e} of the largest value where {self.allowed:.1e} is allowed"
+            f"{exact}"
+        )
+
 
 @dataclass
 class Verdict:
