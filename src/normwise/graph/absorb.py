@@ -65,7 +65,7 @@ class Taker:
     y: Value
     weight: Value
     bias: Value | None
-    owner: nn.Module
+    holder: nn.Module
     """The module that holds the weight."""
     weight_name: str
     bias_name: str | None
@@ -77,6 +77,15 @@ class Taker:
     """The module that holds what changes on the input side, where that is another one."""
     extra: tuple[Value, ...] = ()
     """Further parameters of the call that a change on the input side would concern."""
+
+    @property
+    def key(self) -> int:
+        """The same for all calls with the same weights."""
+        return id(self.weight.tensor)
+
+    def owner(self, direction: str) -> nn.Module:
+        """The module whose weights change when a norm goes ``'up'`` or ``'down'`` into the call."""
+        return self.before or self.holder if direction == "down" else self.holder
 
     @property
     def output_axis(self) -> int:
@@ -99,7 +108,7 @@ class Taker:
 
     def _add_to_bias(self, weights: Weights, shift: Tensor, scale: Tensor | None = None) -> bool:
         """bias * scale + shift. False if there is no bias and no place for one."""
-        key = (self.owner, self.bias_name or "")
+        key = (self.holder, self.bias_name or "")
         if self.bias is not None:
             assert self.bias.tensor is not None
             old = weights.of(self.bias.tensor)
@@ -136,12 +145,12 @@ class Taker:
         else:
             w = w * scale.view(-1, *(1,) * (w.dim() - 1))
         weights.set(parameter, w)
-        border = weights.borders.get(self.owner)
+        border = weights.borders.get(self.holder)
         if border is not None:
             axis = 1 if self.transposed else 0
             shape = [1] * border.dim()
             shape[axis] = -1
-            weights.borders[self.owner] = border * scale.view(shape)
+            weights.borders[self.holder] = border * scale.view(shape)
         return self._add_to_bias(weights, shift, scale)
 
     # -- on the input side ------------------------------------------------------------------------
@@ -198,11 +207,11 @@ class Taker:
 
     def _add_border(self, weights: Weights, mixed: Tensor) -> bool:
         """mixed: (out channels, *kernel)."""
-        if type(self.owner) not in BORDERED or self.owner in weights.borders:
+        if type(self.holder) not in BORDERED or self.holder in weights.borders:
             return False
-        if getattr(self.owner, "padding_mode", "zeros") != "zeros":
+        if getattr(self.holder, "padding_mode", "zeros") != "zeros":
             return False
-        weights.borders[self.owner] = mixed.unsqueeze(0 if self.transposed else 1)
+        weights.borders[self.holder] = mixed.unsqueeze(0 if self.transposed else 1)
         return True
 
     def _scale_attention(self, weights: Weights, index: int, scale: Tensor, shift: Tensor) -> bool:
@@ -230,6 +239,14 @@ def _any(number: Any, test: Callable[[Any], bool]) -> bool:
 
 def _each(number: Any, rank: int) -> tuple[int, ...]:
     return tuple(number) if isinstance(number, (tuple, list)) else (number,) * rank
+
+
+def _plain(value: Any) -> bool:
+    """A parameter or buffer of real numbers, of no subclass that keeps them in another form."""
+    if not isinstance(value, Value) or value.tensor is None:
+        return False
+    t = value.tensor
+    return type(t) in (Tensor, nn.Parameter, nn.Buffer) and t.is_floating_point()
 
 
 Owners = Callable[[Tensor], "list[tuple[nn.Module, str]]"]
@@ -270,9 +287,9 @@ def taker_of(node: Node, owners: Owners) -> Taker | None:
         rank, transposed, groups, kind = 0, False, 1, "embedding"
     else:
         return None
-    if not isinstance(x, Value) or not isinstance(weight, Value) or weight.tensor is None:
+    if not isinstance(x, Value) or not _plain(weight):
         return None
-    if bias is not None and (not isinstance(bias, Value) or bias.tensor is None):
+    if bias is not None and not _plain(bias):
         return None
     places = owners(weight.tensor)
     if len(places) != 1 or (kind == "linear" and len(weight.shape) != 2):
@@ -290,13 +307,13 @@ def _attention(node: Node, owners: Owners) -> Taker | None:
     bias = argument(node, 12, "out_proj_bias")
     packed = argument(node, 5, "in_proj_weight")
     packed_bias = argument(node, 6, "in_proj_bias")
-    if not isinstance(weight, Value) or weight.tensor is None or len(owners(weight.tensor)) != 1:
+    if not _plain(weight) or len(owners(weight.tensor)) != 1:
         return None
-    if bias is not None and (not isinstance(bias, Value) or bias.tensor is None):
+    if bias is not None and not _plain(bias):
         return None
     inputs = tuple(v for v in node.args[:3] if isinstance(v, Value))
-    before = isinstance(packed, Value) and packed.tensor is not None and len(inputs) == 3
-    extra = tuple(v for v in (packed, packed_bias) if isinstance(v, Value) and v.tensor is not None)
+    before = _plain(packed) and len(inputs) == 3 and (packed_bias is None or _plain(packed_bias))
+    extra = tuple(v for v in (packed, packed_bias) if _plain(v))
     owner, name = owners(weight.tensor)[0]
     holders = owners(extra[0].tensor) if before and extra[0].tensor is not None else []
     return Taker(

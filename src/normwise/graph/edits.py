@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from normwise.graph.modules import ChannelAffine, Tail, activation_module, bordered
 from normwise.graph.norms import Norm
-from normwise.graph.plan import Plan, replaceable
+from normwise.graph.plan import Plan
+from normwise.graph.state import replaceable
 
 __all__ = ["Edits", "NormEdit", "apply", "edits_of", "paths_of"]
 

@@ -117,14 +117,14 @@ class _Folder:
                     "arguments, or a dict of keyword arguments",
                 )
             ) from error
-        self.forbidden: set[tuple[str, str]] = set()
+        self.forbidden: dict[tuple[str, str], str] = {}
 
     def fresh(self) -> nn.Module:
         copy = copy_of(self.model)
         return copy.eval() if self.model.training else copy
 
     def plan(self, without: Iterable[tuple[str, str]] = ()) -> Plan:
-        return make_plan(self.traced, self.trace, {*self.forbidden, *without})
+        return make_plan(self.traced, self.trace, self.forbidden | dict.fromkeys(without, ""))
 
     def watches(self, plan: Plan) -> list[verify.Watch]:
         """Where each fold shows: at the norm's own output; for a norm that went down at the output
@@ -168,14 +168,17 @@ class _Folder:
             verdict = self.prove(plan, edits)
             if verdict.passed:
                 return plan, edits, verdict
-            name = verdict.first_wrong() if verdict.error is None else None
-            self.forbid(plan, name or self.culprit(plan))
+            name = verdict.first_wrong() or self.culprit(plan)
+            self.forbid(plan, name, verdict)
 
-    def forbid(self, plan: Plan, name: str) -> None:
+    def forbid(self, plan: Plan, name: str, verdict: verify.Verdict) -> None:
         fate = next(plan.fates[n] for n in plan.norms if n.name == name)
         step = (name, fate.direction or "stay")
         assert step not in self.forbidden
-        self.forbidden.add(step)
+        if verdict.error is not None:
+            self.forbidden[step] = f"{type(verdict.error).__name__}: {verdict.error}"
+        else:
+            self.forbidden[step] = str(verdict.layers.get(name, verdict.whole))
 
     def culprit(self, plan: Plan) -> str:
         """The norm with which a model first goes wrong as a whole: by bisection, n norms folded."""
@@ -207,9 +210,12 @@ def _entries(model: nn.Module, plan: Plan, verdict: verify.Verdict) -> list[Entr
     entries = [_entry(norm, plan, verdict) for norm in plan.norms]
     seen = {e.name for e in entries}
     for path, module in model.named_modules():
-        scripted = str(getattr(module, "original_name", ""))
-        if path not in seen and (isinstance(module, _BatchNorm) or "BatchNorm" in scripted):
+        if path in seen:
+            continue
+        if isinstance(module, _BatchNorm):
             entries.append(Entry(path, "left", reason="not-reached"))
+        elif "BatchNorm" in str(getattr(module, "original_name", "")):
+            entries.append(Entry(path, "left", reason="scripted"))
     return entries
 
 

@@ -3,8 +3,6 @@
 Plain PyTorch throughout, so that folded models script, export and train like any other.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -104,7 +102,7 @@ class ChannelAffine(nn.Module):
 
 
 class BorderConv1d(nn.Conv1d):
-    border: nn.Parameter
+    border: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self._conv_forward(input, self.weight, self.bias)
@@ -114,7 +112,7 @@ class BorderConv1d(nn.Conv1d):
 
 
 class BorderConv2d(nn.Conv2d):
-    border: nn.Parameter
+    border: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self._conv_forward(input, self.weight, self.bias)
@@ -126,7 +124,7 @@ class BorderConv2d(nn.Conv2d):
 
 
 class BorderConv3d(nn.Conv3d):
-    border: nn.Parameter
+    border: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         y: Tensor = self._conv_forward(input, self.weight, self.bias)
@@ -140,7 +138,7 @@ class BorderConv3d(nn.Conv3d):
 
 
 class BorderConvTranspose1d(nn.ConvTranspose1d):
-    border: nn.Parameter
+    border: Tensor
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         stride, dilation = list(self.stride), list(self.dilation)
@@ -155,7 +153,7 @@ class BorderConvTranspose1d(nn.ConvTranspose1d):
 
 
 class BorderConvTranspose2d(nn.ConvTranspose2d):
-    border: nn.Parameter
+    border: Tensor
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         stride, dilation = list(self.stride), list(self.dilation)
@@ -172,7 +170,7 @@ class BorderConvTranspose2d(nn.ConvTranspose2d):
 
 
 class BorderConvTranspose3d(nn.ConvTranspose3d):
-    border: nn.Parameter
+    border: Tensor
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         stride, dilation = list(self.stride), list(self.dilation)

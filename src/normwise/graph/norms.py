@@ -94,7 +94,7 @@ def site_of(node: Node) -> Site | None:
     """``node`` as a call of batch norm, or None."""
     name = node.name
     if name == "batch_norm":
-        native = node.func is torch.batch_norm
+        native = node.func is not torch.nn.functional.batch_norm
         a = _bound(
             node,
             _NATIVE if native else _FUNCTIONAL,

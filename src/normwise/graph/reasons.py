@@ -22,6 +22,7 @@ REASONS: dict[str, str] = {
     "masked": "it is called with a mask",
     "dynamic": "the code around it decides by values of tensors",
     "not-reached": "it does not run on the example inputs",
+    "scripted": "it is compiled by TorchScript",
     "custom-forward": "its class has a forward of its own",
     "functional": "it is written as a function call, which only its own code can drop",
     "not-finite": "its scale or shift is inf or NaN, or the folded weights leave the dtype's range",

@@ -133,7 +133,9 @@ _SHAPED_BY_VALUES = frozenset(
 
 def _name(func: Callable[..., Any]) -> str:
     if isinstance(func, (OpOverload, OpOverloadPacket)):
-        return str(func).replace(".", "::", 1).partition(".")[0]
+        namespace, _, rest = str(func).partition(".")
+        name = rest.partition(".")[0]
+        return name if namespace == "aten" else f"{namespace}::{name}"
     name = getattr(func, "__name__", None) or str(func)
     if name == "__get__":  # a property of Tensor: x.T, x.shape, x.data
         owner = getattr(func, "__self__", None)

@@ -111,7 +111,7 @@ def kind(node: Node) -> Kind | None:
         indices = (v for v in node.inputs if not v.dtype.is_floating_point)
         return "linear" if all(v.tensor is not None for v in indices) else None
     if name in _AVERAGES:
-        return "linear" if argument(node, 2, "dtype") is None or name != "mean" else None
+        return "linear" if node.kwargs.get("dtype") is None else None
     if name in _POOLS:
         return "linear" if _average_without_border(node) else None
     if name in _DROPOUTS:
@@ -141,7 +141,7 @@ def run(node: Node, values: dict[Value, Tensor]) -> list[Tensor] | None:
             t = values[v]
             return t.clone() if node.writes else t
         if not v.dtype.is_floating_point and v.tensor is not None:
-            return v.tensor
+            return v.tensor.cpu()
         return torch.zeros(v.shape, dtype=torch.float64)
 
     if node.name in _CASTS or node.name in _RELUS or node.name in _DROPOUTS:

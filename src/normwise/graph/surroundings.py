@@ -75,6 +75,8 @@ class Surroundings:
         if scope is None or scope.dynamic:
             where = "" if scope is None else self.path_of(scope.module)
             raise Refusal("dynamic", f"in the forward of {where or 'the model'}")
+        if any(c.dynamic for c in self.trace.calls_of(scope.module)):
+            raise Refusal("dynamic", f"in the forward of {self.path_of(scope.module)}")
         if all(not call.dynamic for call in scope.chain()):
             return
         # On another way the code around may call these modules by itself, if it can name them.
