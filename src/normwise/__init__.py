@@ -12,9 +12,11 @@ from normwise.moments import Moments
 from normwise.ops import backends
 
 if TYPE_CHECKING:
-    from normwise.graph import fold
+    from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
+    from normwise.tools.equalization import equalize
     from normwise.tools.memory import memory_saver
+    from normwise.tools.quantization import quantization_report
 
 try:
     __version__ = version("normwise")
@@ -25,18 +27,24 @@ __all__ = [
     "Moments",
     "__version__",
     "backends",
+    "equalize",
     "errors",
     "fold",
     "functional",
+    "load_folded",
     "memory_saver",
     "nn",
+    "quantization_report",
     "tune_allocator",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
+    "load_folded": "normwise.graph",
     "memory_saver": "normwise.tools.memory",
+    "quantization_report": "normwise.tools.quantization",
     "tune_allocator": "normwise.tools.allocator",
 }
 
