@@ -14,6 +14,7 @@ from normwise.ops import backends
 if TYPE_CHECKING:
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.memory import memory_saver
+    from normwise.tools.recalibrate import recalibrate
 
 try:
     __version__ = version("normwise")
@@ -28,11 +29,16 @@ __all__ = [
     "functional",
     "memory_saver",
     "nn",
+    "recalibrate",
     "tune_allocator",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
-_TOOLS = {"memory_saver": "normwise.tools.memory", "tune_allocator": "normwise.tools.allocator"}
+_TOOLS = {
+    "memory_saver": "normwise.tools.memory",
+    "recalibrate": "normwise.tools.recalibrate",
+    "tune_allocator": "normwise.tools.allocator",
+}
 
 
 def __getattr__(name: str) -> Any:
