@@ -133,7 +133,6 @@ class Collector:
         self.index, self.calls = index, {}
 
     def _before(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
-        layer.remember_source()
         given = _arguments(module, args, kwargs)
         x, mask = given["0"], given.get("mask")
         if not isinstance(x, Tensor):

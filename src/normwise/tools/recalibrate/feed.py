@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ class Feed:
         if self.forward is not None:
             return self.forward(model, batch)
         args, kwargs = _call(model, batch)
-        device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+        device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
         if device is not None and device.type != "meta":
             args, kwargs = _on(device, args), _on(device, kwargs)
         return model(*args, **kwargs)

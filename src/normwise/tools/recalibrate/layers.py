@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -36,16 +36,14 @@ class Statistics(NamedTuple):
 
 @dataclass
 class Layer:
-    """A batch norm whose statistics are replaced. ``source`` is None until a lazy one has any."""
+    """A batch norm whose statistics are replaced; ``source`` are those that it had."""
 
     name: str
     module: _BatchNorm
-    source: Statistics | None = None
+    source: Statistics = field(init=False)
 
-    def remember_source(self) -> None:
-        mean = self.module.running_mean
-        if self.source is None and mean is not None and not is_lazy(mean):
-            self.source = self.read()
+    def __post_init__(self) -> None:
+        self.source = self.read()
 
     def read(self) -> Statistics:
         mean, var = self.module.running_mean, self.module.running_var
@@ -81,7 +79,6 @@ class Layer:
                 )
             )
         source = self.source
-        assert source is not None
         mean, var = seen.mean.to(source.mean), seen.variance(1).to(source.var)
         tracked = batches
         if blend < 1:  # not by arithmetic where it is 1: a source of NaN would stay NaN
@@ -146,6 +143,17 @@ def select(model: nn.Module, layers: Layers | None) -> Selection:
                 "the model before it was folded, scripted or exported",
             )
         )
+    lazy = next(
+        (n for n, t in (*model.named_parameters(), *model.named_buffers()) if is_lazy(t)), ""
+    )
+    if lazy:
+        raise InputError(
+            message(
+                "lazy modules have their shapes before the model is recalibrated",
+                f"{lazy!r} without",
+                "one batch through the model first, in eval mode",
+            )
+        )
     wanted = _wanted(norms, layers)
     chosen, left = [], []
     for name, module in norms.items():
@@ -161,7 +169,6 @@ def select(model: nn.Module, layers: Layers | None) -> Selection:
             continue
         assert isinstance(module, _BatchNorm)
         chosen.append(Layer(name, module))
-        chosen[-1].remember_source()
     if not chosen:
         raise InputError(
             message(

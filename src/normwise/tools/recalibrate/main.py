@@ -104,11 +104,11 @@ def recalibrate(
         under ``blend``). Modes, hooks, momentum, other buffers and random state are as before.
 
     Raises:
-        InputError: no batch norm with running statistics; empty data, or fewer than ``batches``;
-            an iterator where several passes are needed; a batch that the model rejects (its own
-            error is the cause); fewer than two values a channel, of all the data, or of a batch in
-            mode 'batch'; a model that cannot be copied; a checkpoint of another run; another
-            rank's failure.
+        InputError: no batch norm with running statistics, or lazy modules that have no shapes
+            yet; empty data, or fewer than ``batches``; an iterator where several passes are
+            needed; a batch that the model rejects (its own error is the cause); fewer than two
+            values a channel, of all the data, or of a batch in mode 'batch'; a model that cannot
+            be copied; a checkpoint of another run; another rank's failure.
         NonFiniteError: inf or NaN in what a layer sees; names the layer and the batch.
         On these, on Ctrl-C and on any other error the model stays as it was, in place too.
 
@@ -135,16 +135,6 @@ def recalibrate(
     inner = core(model)
     chosen = select(inner, layers)
     ranks = Ranks(group)
-    lazy = [layer.name for layer in chosen.layers if layer.source is None]
-    if lazy and (ranks.size > 1 or inplace or checkpoint is not None):
-        raise InputError(
-            message(
-                "a lazy norm has its number of channels before it is recalibrated in place, on "
-                "several ranks or with a checkpoint",
-                f"layer {lazy[0]!r} without",
-                "one batch through the model first",
-            )
-        )
     working = inner if inplace else _copy(inner, chosen)
     settings = {"mode": mode, "blend": share, "batches": batches, "ranks": ranks.size}
     with progress_bar(progress and ranks.rank == 0) as show, Transaction(working) as transaction:
@@ -164,7 +154,6 @@ def recalibrate(
 
     def undo() -> None:
         for layer, source in sources:
-            assert source is not None
             layer.write(source)
 
     return RecalibrationResult(model if inplace else working, report, undo)

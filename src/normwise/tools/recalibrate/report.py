@@ -138,7 +138,7 @@ def entries(
     for name in order:
         layer, pool = layers[name], outcome.last.pools[name]
         new = outcome.statistics.get(name)
-        if new is None or pool.seen is None or layer.source is None:
+        if new is None or pool.seen is None:
             found.append(
                 Entry(name, "left", reason="no-values" if pool.batches else "never-called")
             )

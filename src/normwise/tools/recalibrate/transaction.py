@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 __all__ = ["RandomState", "Transaction"]
 
@@ -77,12 +76,10 @@ class Transaction:
         self.random = RandomState.now()
         self.training = [(m, m.training) for m in self.model.modules()]
         self.momentum = [(m, m.momentum) for m, _ in self.training if hasattr(m, "momentum")]
-        # A buffer that does not exist yet (a lazy norm's) has nothing to go back to.
         self.buffers = [
             (module, name, buffer, None if buffer is None else buffer.detach().clone())
             for module, _ in self.training
             for name, buffer in module._buffers.items()
-            if buffer is None or not is_lazy(buffer)
         ]
         return self
 
