@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from normwise.graph import fold
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.memory import memory_saver
+    from normwise.tools.recalibrate import recalibrate
 
 try:
     __version__ = version("normwise")
@@ -30,6 +31,7 @@ __all__ = [
     "functional",
     "memory_saver",
     "nn",
+    "recalibrate",
     "tune_allocator",
 ]
 
@@ -37,6 +39,7 @@ __all__ = [
 _TOOLS = {
     "fold": "normwise.graph",
     "memory_saver": "normwise.tools.memory",
+    "recalibrate": "normwise.tools.recalibrate",
     "tune_allocator": "normwise.tools.allocator",
 }
 
