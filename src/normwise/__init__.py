@@ -12,10 +12,12 @@ from normwise.moments import Moments
 from normwise.ops import backends
 
 if TYPE_CHECKING:
-    from normwise.graph import fold
+    from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
+    from normwise.tools.equalization import equalize
     from normwise.tools.memory import memory_saver
     from normwise.tools.recalibrate import recalibrate
+    from normwise.tools.quantization import quantization_report
 
 try:
     __version__ = version("normwise")
@@ -26,20 +28,26 @@ __all__ = [
     "Moments",
     "__version__",
     "backends",
+    "equalize",
     "errors",
     "fold",
     "functional",
+    "load_folded",
     "memory_saver",
     "nn",
     "recalibrate",
+    "quantization_report",
     "tune_allocator",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
+    "load_folded": "normwise.graph",
     "memory_saver": "normwise.tools.memory",
     "recalibrate": "normwise.tools.recalibrate",
+    "quantization_report": "normwise.tools.quantization",
     "tune_allocator": "normwise.tools.allocator",
 }
 
