@@ -1,0 +1,8 @@
+"""Small hard graphs with batch norms, and what ``fold`` must make of each."""
+
+from fold_graphs.base import Graph, randomise
+from fold_graphs.layers import AFTER, BEFORE
+
+__all__ = ["GRAPHS", "Graph", "randomise"]
+
+GRAPHS: list[Graph] = [*AFTER, *BEFORE]
