@@ -2,7 +2,8 @@
 
 from fold_graphs.base import Graph, randomise
 from fold_graphs.layers import AFTER, BEFORE
+from fold_graphs.paths import MERGING, SHUFFLES, SIMPLE
 
 __all__ = ["GRAPHS", "Graph", "randomise"]
 
-GRAPHS: list[Graph] = [*AFTER, *BEFORE]
+GRAPHS: list[Graph] = [*AFTER, *BEFORE, *SIMPLE, *SHUFFLES, *MERGING]
