@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from normwise.graph.run import Call, same_random_numbers, tensors_in
 
-__all__ = ["Check", "Verdict", "Watch", "compare"]
+__all__ = ["Check", "Verdict", "Watch", "compare", "distance"]
 
 # What float64 leaves of two different orders of the same sums; measured: 1e-15 to 1e-13 on
 # networks of 5 to 160 layers.
@@ -106,7 +106,7 @@ def run(model: nn.Module, call: Call, paths: Sequence[str]) -> Outputs:
     return outputs
 
 
-def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
     """The largest difference, relative to the largest value of the tensor; inf if shapes differ or
     one is not finite where the other is."""
     if len(a) != len(b):
@@ -143,10 +143,10 @@ def _check(
     o, f = original.get(path, []), folded.get(path, [])
     unit = UNITS * _eps(o)
     if truth is None or exact is None or path not in truth:
-        return Check(None, _distance(f, o), 0.0, 2 * unit)
+        return Check(None, distance(f, o), 0.0, 2 * unit)
     t = truth[path]
-    off = _distance(o, t)
-    return Check(_distance(exact.get(path, []), t), _distance(f, t), off, FACTOR * off + unit)
+    off = distance(o, t)
+    return Check(distance(exact.get(path, []), t), distance(f, t), off, FACTOR * off + unit)
 
 
 def _worst(checks: list[Check]) -> Check:
