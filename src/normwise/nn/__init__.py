@@ -2,6 +2,8 @@
 
 from normwise.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normwise.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
+from normwise.nn.switches import add_domains
+from normwise.nn.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm",
@@ -11,4 +13,6 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
+    "add_domains",
 ]

@@ -18,6 +18,7 @@ __all__ = [
     "backward_input",
     "backward_reduce",
     "eval_backward",
+    "mean_var",
     "moments",
     "normalize",
     "parameter_gradients",
@@ -46,7 +47,8 @@ def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
     return torch.stack([m.count.to(m.mean.dtype).expand(m.mean.shape), m.mean, m.m2])
 
 
-def _mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
+def mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of packed moments."""
     count, mean, m2 = moments.unbind(0)
     return mean, m2 / count.clamp(min=1)
 
@@ -116,7 +118,7 @@ def train_forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     m = moments(x, mask, channel_dim)
-    mean, var = _mean_var(m)
+    mean, var = mean_var(m)
     y = normalize(x, mean, var, weight, bias, residual, mask, channel_dim, eps, activation)
     return y, m
 
@@ -303,7 +305,7 @@ def train_backward(
     activation: str,
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    mean, var = _mean_var(moments)
+    mean, var = mean_var(moments)
     common = (x, mean, var, weight, bias, residual, output, mask)
     sums = backward_reduce(dy, *common, channel_dim, eps, activation)
     dx, dresidual = backward_input(
