@@ -145,9 +145,10 @@ class _MomentsNorm(torch.autograd.Function):
                 total = pending.wait()
             elif group is not None and want_x:
                 total = AllReduce.apply(sums, group, who)
-            dx, dresidual = backend.backward_input(
-                *common, total, moments[0, :1], *options, want_residual
-            )
+            # Ghost batches beside one another differ in count where a mask is; else one count will
+            # do, which is all that the kernels know.
+            count = moments[0, :1] if mask is None else moments[0]
+            dx, dresidual = backend.backward_input(*common, total, count, *options, want_residual)
         return (
             dx if want_x else None,
             dweight if want_weight else None,

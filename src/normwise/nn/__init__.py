@@ -1,6 +1,7 @@
 """Layers that drop in for torch.nn's."""
 
 from normwise.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
+from normwise.nn.ghost import GhostBatchNorm
 from normwise.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from normwise.nn.switches import add_domains
 from normwise.nn.sync import SyncBatchNorm
@@ -10,6 +11,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GhostBatchNorm",
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",

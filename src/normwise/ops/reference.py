@@ -18,6 +18,7 @@ __all__ = [
     "backward_input",
     "backward_reduce",
     "eval_backward",
+    "in_layout_of",
     "mean_var",
     "moments",
     "normalize",
@@ -98,10 +99,10 @@ def normalize(
     y = parse(activation).value(z).to(x.dtype)
     if mask is not None:
         y = torch.where(mask, y, y.new_zeros(()))
-    return _in_layout_of(x, y)
+    return in_layout_of(x, y)
 
 
-def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """The layout of x, not of a residual, a mask or dy: the fake kernels promise it."""
     like = torch.empty_like(x)
     return y if like.stride() == y.stride() and like.dtype == y.dtype else like.copy_(y)
@@ -287,8 +288,8 @@ def backward_input(
     dx = dx * (rstd if w is None else rstd * w)
     if mask is not None:
         dx = torch.where(mask, dx, dx.new_zeros(()))
-    dx = _in_layout_of(x, dx)
-    return dx, _in_layout_of(x, dz) if residual_gradient else None
+    dx = in_layout_of(x, dx)
+    return dx, in_layout_of(x, dz) if residual_gradient else None
 
 
 def train_backward(
