@@ -9,6 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from normwise import errors, functional, nn
 from normwise.moments import Moments
+from normwise.nn.modes import (
+    accumulate_statistics,
+    checkpoint_contexts,
+    domain,
+    hold_statistics,
+)
 from normwise.ops import backends
 
 if TYPE_CHECKING:
@@ -27,12 +33,16 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "Moments",
     "__version__",
+    "accumulate_statistics",
     "backends",
     "equalize",
+    "checkpoint_contexts",
+    "domain",
     "errors",
     "fold",
     "functional",
     "load_folded",
+    "hold_statistics",
     "memory_saver",
     "nn",
     "recalibrate",
