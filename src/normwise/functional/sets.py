@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 
 from normwise import ops
 from normwise.activations import parse
+from normwise.functional import borrowed
 from normwise.moments import Moments, accumulation_dtype
 
 __all__ = ["normalize_sets"]
@@ -99,9 +100,7 @@ def _standardize(
         y, moments = ops.train_forward(sets, weight, bias, residual, None, 0, eps, activation)
         return y, moments
     moments = _moments(sets, False)
-    y = ops.normalize(
-        sets, *_mean_var(moments), weight, bias, residual, None, 0, eps, activation
-    )
+    y = ops.normalize(sets, *_mean_var(moments), weight, bias, residual, None, 0, eps, activation)
     return y, moments
 
 
@@ -112,7 +111,6 @@ def _standardize_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    output: Tensor | None,
     eps: float,
     activation: str,
     residual_gradient: bool,
@@ -122,10 +120,10 @@ def _standardize_backward(
     end = (0, eps, activation)
     if centred:
         return ops.train_backward(  # type: ignore[no-any-return]
-            dy, sets, moments, weight, bias, residual, output, None, *end, residual_gradient
+            dy, sets, moments, weight, bias, residual, None, None, *end, residual_gradient
         )
     mean, var = _mean_var(moments)
-    common = (dy, sets, mean, var, weight, bias, residual, output, None)
+    common = (dy, sets, mean, var, weight, bias, residual, None, None)
     sums = ops.backward_reduce(*common, *end)
     # The mean does not follow x, so only the second sum comes back to it.
     pulled = torch.stack([torch.zeros_like(sums[0]), sums[1]])
@@ -199,7 +197,6 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    output: Tensor | None,
     eps: float,
     activation: str,
     residual_gradient: bool,
@@ -218,10 +215,10 @@ def _backward(
         hat = ops.normalize(wide, mean, var, None, None, None, None, 0, eps, "none")
         dhat, dresidual, dweight, dbias = ops.eval_backward(
             columns(dy), columns(hat), columns.mean, columns.var, weight, bias, columns(residual),
-            columns(output), None, 1, 0.0, activation, residual_gradient,
+            None, None, 1, 0.0, activation, residual_gradient,
         )  # fmt: skip
         dx, _, _, _ = _standardize_backward(
-            dhat.reshape(shape), wide, moments, None, None, None, None, eps, "none", False, centred
+            dhat.reshape(shape), wide, moments, None, None, None, eps, "none", False, centred
         )
         return dx, dresidual, dweight, dbias
 
@@ -230,9 +227,9 @@ def _backward(
     each_weight = None if weight is None else _each(weight.to(dtype), n)
     each_bias = None if bias is None else _each(bias.to(dtype), n)
     if p == 1 or (weight is None and bias is None):
-        along = [None if t is None else t.reshape(shape) for t in (residual, output)]
+        along = None if residual is None else residual.reshape(shape)
         dx, dresidual, dweight, dbias = _standardize_backward(
-            dy.reshape(shape), x.reshape(shape), moments, each_weight, each_bias, *along, eps,
+            dy.reshape(shape), x.reshape(shape), moments, each_weight, each_bias, along, eps,
             activation, residual_gradient, centred,
         )  # fmt: skip
     else:
@@ -240,10 +237,10 @@ def _backward(
         mean, var = (v.repeat_interleave(p) for v in _mean_var(moments))
         # dx is written in two passes: in float32 at least between them.
         wide = _wide(x)
-        along = [None if t is None else _wide(t).reshape(runs) for t in (residual, output)]
+        along = None if residual is None else _wide(residual).reshape(runs)
         common = (
-            _wide(dy).reshape(runs), wide.reshape(runs), mean, var, each_weight, each_bias, *along,
-            None,
+            _wide(dy).reshape(runs), wide.reshape(runs), mean, var, each_weight, each_bias, along,
+            None, None,
         )  # fmt: skip
         end = (0, eps, activation)
         sums = ops.backward_reduce(*common, *end)
@@ -280,27 +277,33 @@ class _SetNorm(torch.autograd.Function):
         activation: str,
         centred: bool,
     ) -> tuple[Tensor, Tensor]:
-        y, moments = _forward(x, weight, bias, residual, eps, activation, centred)
-        # The derivative is taken from the output where that tells it, as the next layer keeps it
-        # anyway; create_graph=True needs the residual itself.
-        ctx.save_for_backward(x, weight, bias, residual, moments)
+        y, *statistics = _choose(x, weight, bias, residual, eps, activation, centred)
+        ctx.save_for_backward(x, weight, bias, residual, *statistics)
         ctx.options = (eps, activation, centred)
-        ctx.mark_non_differentiable(moments)
-        return y, moments
+        ctx.mark_non_differentiable(statistics[0])
+        return y, statistics[0]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, residual, moments = ctx.saved_tensors
+        x, weight, bias, residual, *statistics = ctx.saved_tensors
         eps, activation, centred = ctx.options
         wanted = ctx.needs_input_grad[:4]
+        dx: Tensor | None
+        dresidual: Tensor | None = None
         if torch.is_grad_enabled():
-            return (*_differentiable_backward(dy, ctx.saved_tensors[:4], wanted, ctx.options),
-                    None, None, None)  # fmt: skip
-        dx, dresidual, dweight, dbias = _backward(
-            dy, x, moments, weight, bias, residual, None, eps, activation, wanted[3], centred
-        )
+            inputs = (x, weight, bias, residual)
+            gradients = _differentiable_backward(dy, inputs, wanted, ctx.options)
+            return (*gradients, None, None, None)
+        if len(statistics) == 2:
+            dx, dweight, dbias = borrowed.backward(
+                dy, x, statistics[0], statistics[1], weight, bias, wanted[:3]
+            )
+        else:
+            dx, dresidual, dweight, dbias = _backward(
+                dy, x, statistics[0], weight, bias, residual, eps, activation, wanted[3], centred
+            )
         return (
-            dx.reshape(x.shape).to(x.dtype) if wanted[0] else None,
+            dx.reshape(x.shape).to(x.dtype) if wanted[0] and dx is not None else None,
             dweight if wanted[1] else None,
             dbias if wanted[2] else None,
             dresidual.reshape(x.shape).to(residual.dtype)
@@ -308,6 +311,30 @@ class _SetNorm(torch.autograd.Function):
             else None,
             None, None, None,
         )  # fmt: skip
+
+
+def _choose(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: str,
+    centred: bool,
+) -> tuple[Tensor, ...]:
+    """(y, packed moments) by the operators, or (y, mean, rstd) by torch's own kernels."""
+    if (
+        centred
+        and activation == "none"
+        and residual is None
+        and x.shape[2] > 1
+        and (weight is not None or bias is not None)
+        and not torch.compiler.is_compiling()
+    ):
+        found = borrowed.forward(x, weight, bias, eps)
+        if found is not None:
+            return (found[0].view(x.shape), *found[1:])
+    return _forward(x, weight, bias, residual, eps, activation, centred)
 
 
 def _differentiable_backward(
@@ -353,7 +380,8 @@ def normalize_sets(
         weight, bias: ``G * P`` values in any shape.
         centred: False divides by the root mean square and subtracts nothing.
 
-    The moments, rows count, mean and m2 of ``N * G`` columns, carry no gradient.
+    The moments, rows count, mean and m2 of ``N * G`` columns, carry no gradient; where a weight
+    does not serve its whole set (P > 1) they are not to be read.
     """
     compiling = torch.compiler.is_compiling()
     if mask is not None or (not compiling and transformed()):
@@ -365,5 +393,8 @@ def normalize_sets(
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     ):
-        return _SetNorm.apply(x, weight, bias, residual, eps, activation, centred)
-    return _forward(x, weight, bias, residual, eps, activation, centred)
+        apply: Any = _SetNorm.apply
+        y, moments = apply(x, weight, bias, residual, eps, activation, centred)
+        return y, moments
+    y, moments, *_ = _choose(x, weight, bias, residual, eps, activation, centred)
+    return y, moments
