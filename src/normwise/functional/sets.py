@@ -51,6 +51,9 @@ def plain(
     """(y, packed moments), differentiable to any order and under ``torch.func``."""
     n, g, p, _ = x.shape
     v = x.to(accumulation_dtype(x))
+    if mask is not None:
+        # Padding may hold anything, and a gradient of 0 times NaN would be NaN.
+        v = torch.where(mask, v, v.new_zeros(()))
     m = Moments.of(v, (2, 3), mask=None if mask is None else mask.expand(x.shape))
     count = m.count.to(v.dtype).expand(n, g)
     size = count.clamp(min=1)
@@ -313,6 +316,10 @@ class _SetNorm(torch.autograd.Function):
         )  # fmt: skip
 
 
+# As for batch norm: Function.apply itself is 4 us of Python, which only compilers must see.
+_apply = super(torch.autograd.Function, _SetNorm).apply
+
+
 def _choose(
     x: Tensor,
     weight: Tensor | None,
@@ -388,12 +395,12 @@ def normalize_sets(
         y, moments = plain(x, weight, bias, residual, mask, eps, activation, centred)
         return y, moments.detach()
     x = x.contiguous()
-    weight = None if weight is None else weight.reshape(-1)
-    bias = None if bias is None else bias.reshape(-1)
+    weight = weight if weight is None or weight.dim() == 1 else weight.reshape(-1)
+    bias = bias if bias is None or bias.dim() == 1 else bias.reshape(-1)
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias, residual)
     ):
-        apply: Any = _SetNorm.apply
+        apply: Any = _SetNorm.apply if compiling else _apply
         y, moments = apply(x, weight, bias, residual, eps, activation, centred)
         return y, moments
     y, moments, *_ = _choose(x, weight, bias, residual, eps, activation, centred)
