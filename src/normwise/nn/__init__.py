@@ -2,6 +2,16 @@
 
 from normwise.nn.batchnorm import BatchNorm, BatchNorm1d, BatchNorm2d, BatchNorm3d
 from normwise.nn.ghost import GhostBatchNorm
+from normwise.nn.group import GroupNorm
+from normwise.nn.instance import (
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LazyInstanceNorm1d,
+    LazyInstanceNorm2d,
+    LazyInstanceNorm3d,
+)
+from normwise.nn.layer import LayerNorm, RMSNorm
 from normwise.nn.lazy import LazyBatchNorm1d, LazyBatchNorm2d, LazyBatchNorm3d
 from normwise.nn.switches import add_domains
 from normwise.nn.sync import SyncBatchNorm
@@ -17,4 +27,13 @@ __all__ = [
     "LazyBatchNorm3d",
     "SyncBatchNorm",
     "add_domains",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LazyInstanceNorm1d",
+    "LazyInstanceNorm2d",
+    "LazyInstanceNorm3d",
+    "LayerNorm",
+    "RMSNorm",
 ]
