@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.equalization import equalize
     from normwise.tools.memory import memory_saver
-    from normwise.tools.recalibrate import recalibrate
     from normwise.tools.quantization import quantization_report
+    from normwise.tools.recalibrate import recalibrate
 
 try:
     __version__ = version("normwise")
@@ -31,22 +31,22 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "Moments",
     "__version__",
+    "Moments",
     "accumulate_statistics",
     "backends",
-    "equalize",
     "checkpoint_contexts",
     "domain",
+    "equalize",
     "errors",
     "fold",
     "functional",
-    "load_folded",
     "hold_statistics",
+    "load_folded",
     "memory_saver",
     "nn",
-    "recalibrate",
     "quantization_report",
+    "recalibrate",
     "tune_allocator",
 ]
 
@@ -56,8 +56,8 @@ _TOOLS = {
     "fold": "normwise.graph",
     "load_folded": "normwise.graph",
     "memory_saver": "normwise.tools.memory",
-    "recalibrate": "normwise.tools.recalibrate",
     "quantization_report": "normwise.tools.quantization",
+    "recalibrate": "normwise.tools.recalibrate",
     "tune_allocator": "normwise.tools.allocator",
 }
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fold_graphs.base import Graph, Net, images, normal, signals, tokens, vectors
 from torch import nn
 
 import normwise as nw
+from fold_graphs.base import Graph, Net, images, normal, signals, tokens, vectors
 
 FOLDED = {"bn": "folded"}
 B2 = nn.BatchNorm2d
