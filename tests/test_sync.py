@@ -197,8 +197,9 @@ def test_a_subgroup_is_a_batch_of_its_own(ranks: Results) -> None:
 
 def test_a_group_without_this_rank_is_an_error_of_its_own(ranks: Results) -> None:
     for result in ranks[1:-1]:
-        assert "a process group that its rank is a member of; got rank 1" in (
-            result["subgroups"]["error"]
+        assert (
+            "a process group that its rank is a member of; got rank 1"
+            in (result["subgroups"]["error"])
         )
         assert result["subgroups"]["eval"].isfinite().all()  # which talks to nobody
 

@@ -113,9 +113,7 @@ class _MomentsNorm(torch.autograd.Function):
                     y, x, (moments,), weight, bias, residual, mask, channel_dim, eps, activation
                 )
             )
-        ctx.save_for_backward(
-            x, weight, bias, moments, *to_keep(activation, residual, y), mask
-        )
+        ctx.save_for_backward(x, weight, bias, moments, *to_keep(activation, residual, y), mask)
         ctx.options = (channel_dim, eps, activation)
         ctx.group, ctx.who = group, who
         return y

@@ -113,9 +113,7 @@ def _again(
         else:
             dz = dy * act.derivative(y if residual is None else y + residual)
         inputs = [t for t, w in zip((x, weight, bias), wanted, strict=False) if w]
-        found = iter(
-            torch.autograd.grad(y, inputs, dz, create_graph=create) if inputs else ()
-        )
+        found = iter(torch.autograd.grad(y, inputs, dz, create_graph=create) if inputs else ())
     return [next(found) if w else None for w in wanted[:3]] + [dz if wanted[3] else None]
 
 

@@ -158,6 +158,8 @@ def domain(name: str | None) -> AbstractContextManager[None]:
     """
     if name is not None and (not isinstance(name, str) or not name):
         raise InputError(
-            message("a domain has a name", repr(name), "nw.domain('night'), or None for the main one")
+            message(
+                "a domain has a name", repr(name), "nw.domain('night'), or None for the main one"
+            )
         )
     return _in_force(domain=name)

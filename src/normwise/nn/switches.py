@@ -145,7 +145,9 @@ class Switches(_Base):
     def _by_switches(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The forward where a switch or a context has a say."""
         now = modes.current()
-        by_batch = self.training if self._normalize_with is None else self._normalize_with == "batch"
+        by_batch = (
+            self.training if self._normalize_with is None else self._normalize_with == "batch"
+        )
         moves = self.training if self._update_stats is None else self._update_stats
         mean, var, tracked = self._statistics(now.domain)
         if not by_batch and mean is None and var is None and self._normalize_with is None:
@@ -227,9 +229,7 @@ def add_domains(model: nn.Module, names: Sequence[str] | str) -> int:
         '1.domains.night.running_mean'
     """
     wanted = [names] if isinstance(names, str) else list(names)
-    layers = [
-        m for m in model.modules() if isinstance(m, Switches) and m.running_mean is not None
-    ]
+    layers = [m for m in model.modules() if isinstance(m, Switches) and m.running_mean is not None]
     for layer in layers:
         layer.add_domains(*wanted)
     return len(layers)
