@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.errors import InputError, message
 from normwise.graph import measure, verify
 from normwise.graph.edits import Edits, apply, edits_of
-from normwise.graph.norms import Norm
+from normwise.graph.norms import Norm, is_norm
 from normwise.graph.plan import Plan, make_plan
 from normwise.graph.record import record
 from normwise.graph.report import FoldReport
@@ -212,7 +211,7 @@ def _entries(model: nn.Module, plan: Plan, verdict: verify.Verdict) -> list[Entr
     for path, module in model.named_modules():
         if path in seen:
             continue
-        if isinstance(module, _BatchNorm):
+        if is_norm(module):
             entries.append(Entry(path, "left", reason="not-reached"))
         elif "BatchNorm" in str(getattr(module, "original_name", "")):
             entries.append(Entry(path, "left", reason="scripted"))

@@ -225,7 +225,8 @@ def decibels(signal: Tensor, noise: Tensor) -> Tensor:
 
 def _channel_axis(module: nn.Module, output: Tensor) -> int:
     weight: Any = module.weight
-    return output.dim() - 1 - (weight.dim() - 2)
+    axis: int = output.dim() - 1 - (weight.dim() - 2)
+    return axis
 
 
 def _layer_snr(
