@@ -126,8 +126,9 @@ class _Folder:
         return make_plan(self.traced, self.trace, self.forbidden | dict.fromkeys(without, ""))
 
     def watches(self, plan: Plan) -> list[verify.Watch]:
-        """Where each fold shows: at the norm's own output; for a norm that went down at the output
-        of who took it, or, if that took up another norm too, where that one shows."""
+        """Where each fold shows: at the norm's own output, unless a later norm went up through it
+        or into it; for a norm that went down at the output of who took it. Where those took up
+        another norm too: where that one shows."""
         by_name = {n.name: n for n in plan.norms}
         above = {
             path: n
@@ -136,8 +137,17 @@ class _Folder:
             for path in plan.fates[n].into
         }
 
+        later = {
+            name: n
+            for n in plan.norms
+            if plan.fates[n].direction == "up"
+            for name in (*plan.fates[n].through, *plan.fates[n].into)
+        }
+
         def shows(norm: Norm) -> list[str]:
             fate = plan.fates[norm]
+            if norm.name in later:
+                return shows(later[norm.name])
             if fate.direction != "down":
                 return [] if norm.module is None else [norm.name]
             paths = []
