@@ -7,6 +7,7 @@ The classes inherit from the built-in exceptions that ``torch.nn`` raises in the
 from __future__ import annotations
 
 __all__ = [
+    "CollectiveError",
     "DtypeError",
     "InputError",
     "NonFiniteError",
@@ -30,6 +31,10 @@ class DtypeError(NormwiseError, TypeError, NotImplementedError):
 
 class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):
     """``nonfinite='raise'`` met a batch whose statistics are not finite."""
+
+
+class CollectiveError(NormwiseError, RuntimeError):
+    """A collective of a synchronised norm failed or timed out; names the layer that waited."""
 
 
 class OutputError(NormwiseError, OSError):
