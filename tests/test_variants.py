@@ -381,12 +381,13 @@ def test_an_ensemble_under_vmap(name: str) -> None:
 
     for step in range(2):
         y = vmap(member)(parameters, buffers, x + step)
-        twins = [nn.Module.__call__(m, v + step) for m, v in zip(models, x, strict=True)]
+        twins = [m(v + step) for m, v in zip(models, x, strict=True)]
         assert_close(y, torch.stack(twins), **EXACT)
     for key, stacked in buffers.items():
         assert_close(stacked, torch.stack([m.state_dict()[key] for m in models]), **EXACT)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_in_one_graph(name: str) -> None:
     layer, twin = layer_of(name), layer_of(name)
