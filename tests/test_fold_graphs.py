@@ -92,6 +92,8 @@ def built(graph: Graph, dtype: torch.dtype) -> nn.Module:
     torch.default_generator.manual_seed(7)
     model = graph.make()
     randomise(model, graph.positive)
+    if graph.prepare is not None:
+        graph.prepare(model)
     if graph.dtype is None:
         model = model.to(dtype)
     return model if graph.fixed else model.eval()

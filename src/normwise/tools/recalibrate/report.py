@@ -60,10 +60,8 @@ class RecalibrationReport(Report):
         f = self.facts
         passes = "1 pass" if f["passes"] == 1 else f"{f['passes']} passes"
         ranks = f" on {f['ranks']} ranks" if f["ranks"] > 1 else ""
-        lines = [
-            f"{super().summary()[0]} (mode {f['mode']!r}, {passes} over {f['batches']} "
-            f"batches{ranks})"
-        ]
+        batches = "1 batch" if f["batches"] == 1 else f"{f['batches']} batches"
+        lines = [f"{super().summary()[0]} (mode {f['mode']!r}, {passes} over {batches}{ranks})"]
         if f["self_consistent"] is not None:
             verdict = "holds" if f["self_consistent"] else "DOES NOT HOLD"
             lines.append(
