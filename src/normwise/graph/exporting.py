@@ -153,11 +153,17 @@ def _first_cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
 
 
+def _own(model: nn.Module) -> nn.Module:
+    """A copy in eval mode: runs move statistics, traces leave caches behind. One norm in training
+    mode in a model in eval mode is meant so."""
+    copy = copy_of(model)
+    return copy.eval() if model.training else copy
+
+
 def _exported(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[Call]]:
-    own = copy_of(model)  # tracing leaves caches and fake tensors behind in some models
     try:
         with _quiet(), torch.no_grad():
-            program, calls = _export(own, call.copy())
+            program, calls = _export(_own(model), call.copy())
             return _without_own_operators(program), calls
     except Exception as error:
         raise InputError(
@@ -172,7 +178,7 @@ def _exported(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[Call]
 def export_program(model: nn.Module, call: Call) -> ExportedProgram:
     """``model`` on ``call`` as a program, verified."""
     program, calls = _exported(model, call)
-    _check(program.module(), model, calls, "the exported program")
+    _check(program.module(), _own(model), calls, "the exported program")
     return program
 
 
@@ -247,6 +253,17 @@ def to_onnx(
         )
     gap = None
     if _installed("onnxruntime"):
-        gap = _check(_Session(data), model, calls, "the ONNX file under onnxruntime")
+        try:
+            gap = _check(_Session(data), _own(model), calls, "the ONNX file under onnxruntime")
+        except InputError:
+            raise
+        except Exception as error:  # its own classes, one for each code; TypeError of NumPy
+            raise InputError(
+                message(
+                    "onnxruntime must be able to run the file on the CPU",
+                    _first_cause(error),
+                    "a float32 copy of the model for the fold (it knows no bfloat16 convolution)",
+                )
+            ) from error
     write_atomically(path, lambda file: file.write(data))
     return OnnxFile(os.fspath(path), len(calls) > 1, left, gap)
