@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -250,8 +252,14 @@ def test_inputs_that_the_model_rejects() -> None:
         nw.convert(Net(), "normwise", torch.randn(2, 5))
 
 
-def test_every_reason_has_words() -> None:
-    assert all(REASONS.values())
+def test_the_page_explains_every_reason_and_every_target() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "convert.md").read_text()
+    explained = set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE))
+    assert explained == set(REASONS)
+    assert all(f"`'{to}'`" in page for to in TARGETS)
+
+
+def test_the_targets_are_those_of_the_contract() -> None:
     assert set(TARGETS) == {
         "normwise", "torch", "sync", "frozen", "ghost", "renorm", "group", "instance"
     }  # fmt: skip
