@@ -192,9 +192,12 @@ class Collector:
 
     def nonfinite_now(self) -> str | None:
         """The first layer that met something not finite in this batch, if its input owes nothing
-        to other norms' statistics: any, where they normalize by the batch; else the first run."""
+        to any statistics: any, where they normalize by the batch; else the first call of the first
+        that runs."""
         for name in self.order if self.by_batch else self.order[:1]:
-            if self.pools[name].nonfinite == (self.rank, self.index):
+            if self.pools[name].nonfinite == (self.rank, self.index) and (
+                self.by_batch or not bool(_finite(self.calls[name].seen[0]))
+            ):
                 return name
         return None
 
