@@ -300,6 +300,13 @@ def test_half_precision_buffers() -> None:
     assert report.facts["self_consistent"]
 
 
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = nw.recalibrate(chain(), split(IMAGES[:600].float(), 100))
+    assert report.facts["self_consistent"]
+    assert report["9"].facts["var_error"] < 0.03
+
+
 def test_norms_that_are_left_say_why() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
