@@ -17,6 +17,7 @@ from normwise.moments import Moments
 
 __all__ = [
     "ACTIVE",
+    "DEFAULT",
     "Accumulator",
     "Modes",
     "accumulate_statistics",
@@ -62,7 +63,12 @@ ACTIVE: dict[int, Modes] = {}
 
 def current() -> Modes:
     """What is in force in this thread."""
-    return ACTIVE.get(threading.get_ident(), DEFAULT) if ACTIVE else DEFAULT
+    return ACTIVE.get(threading.get_ident(), DEFAULT)
+
+
+# Dynamo cannot trace a thread's number: compiled code inside a context breaks its graph here. (The
+# mark of torch.compiler.disable, which itself would import the compiler.)
+current._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

@@ -154,7 +154,7 @@ class Switches(_Base):
 
     def _by_switches(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The forward where a switch or a context has a say."""
-        now = modes.current()
+        now = modes.current() if modes.ACTIVE else modes.DEFAULT
         by_batch = (
             self.training if self._normalize_with is None else self._normalize_with == "batch"
         )
