@@ -62,11 +62,18 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("to", KEEPS_FUNCTION)
 def test_eval_is_the_same_function(to: str) -> None:
     net = learned(Net()).eval()
+    if to == "ghost":  # without statistics it normalizes by the batch in eval, and ghosts differ
+        net.untracked = nn.Identity()
     new, report = nw.convert(net, to, X, **OPTIONS.get(to, {}))
     assert report.facts["difference"] < 1e-5  # float32 rounding of two kernels
     left = {"untracked": "no-statistics"} if to == "renorm" else {}
     assert {e.name: e.reason for e in report if e.action == "left"} == left
     torch.testing.assert_close(new(X), net(X), rtol=1e-5, atol=1e-5)
+
+
+def test_ghosts_without_statistics_are_another_function() -> None:
+    _, report = nw.convert(learned(Net()).eval(), "ghost", X, ghost_size=2)
+    assert [e.name for e in report if not e.facts["preserved"]] == ["untracked"]
 
 
 def test_instance_norm_with_statistics_has_the_same_eval() -> None:

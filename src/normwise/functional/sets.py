@@ -25,7 +25,7 @@ from torch import Tensor
 from normwise import ops
 from normwise.activations import parse
 from normwise.functional import borrowed
-from normwise.functional.batch_norm import _transformed
+from normwise.functional.autograd import transformed
 from normwise.moments import Moments, accumulation_dtype
 
 __all__ = ["normalize_sets"]
@@ -410,7 +410,7 @@ def normalize_sets(
             no gradient. Only where P is 1: a weight serves its whole set.
     """
     compiling = torch.compiler.is_compiling()
-    if mask is not None or (not compiling and _transformed()):
+    if mask is not None or (not compiling and transformed()):
         y, moments = plain(
             x.reshape(view), weight, bias, _viewed(residual, view), mask, eps, activation, centred
         )
