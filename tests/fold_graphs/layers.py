@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fold_graphs.base import Graph, Net, images, normal, signals, tokens, vectors
 from torch import nn
 
 import normwise as nw
+from fold_graphs.base import Graph, Net, images, normal, signals, tokens, vectors
 
 FOLDED = {"bn": "folded"}
 B2 = nn.BatchNorm2d
@@ -124,7 +124,8 @@ AFTER = [
                       w=nn.Parameter(normal(4, 6)), bn=nn.BatchNorm1d(4)), vectors(),
           {"bn": "multiply-add: blocked"}),
     Graph("bilinear", lambda: Net(lambda m, x: m.bn(m.b(x, x.flip(1))), b=nn.Bilinear(6, 6, 4),
-                                  bn=nn.BatchNorm1d(4)), vectors(), {"bn": "multiply-add: blocked"}),
+                                  bn=nn.BatchNorm1d(4)), vectors(),
+          {"bn": "multiply-add: blocked"}),
     Graph("lstm", lambda: Net(lambda m, x: _channels_last(m.bn, m.rnn(x)[0]),
                               rnn=nn.LSTM(6, 4, batch_first=True), bn=nn.BatchNorm1d(4)),
           sequences, {"bn": "multiply-add: blocked"}),

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from fold_graphs.base import Graph, Net, images, normal, signals
 from torch import Tensor, nn
 
 import normwise as nw
+from fold_graphs.base import Graph, Net, images, normal, signals
 
 FOLDED = {"bn": "folded"}
 MULTIPLY_ADD = {"bn": "multiply-add"}
