@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -80,6 +81,12 @@ class Operands {
     fit = view(x, x_) && nw::set_block(call, x_, channel_dim);
     call.x = nw::address(x_);
   }
+  // The size of axis `d` if it is the outermost in memory (and not the channels'), else 0.
+  int64_t outermost(int64_t d) const {
+    for (int k = 0; k < x_.ndim; ++k)
+      if (k != d && x_.shape[k] != 1 && x_.strides[k] > x_.strides[d]) return 0;
+    return x_.shape[d];
+  }
   void channels_of(nb::handle vector) {
     nw::dlpack::Tensor v;
     fit = view(vector, v) && v.ndim == 1;
@@ -149,6 +156,116 @@ bool forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle mean, nb
   o.call.slope = slope;
   if (o.fit) run(o.call.moments ? selected->train_forward : selected->normalize, o.call);
   return o.fit;
+}
+
+// Ghost batches: `size` samples at a time are a batch of their own, the last may be smaller. The
+// batch axis is the outermost in memory, so each is a block of its own, one after the other.
+struct Ghosts {
+  Operands o;
+  int64_t samples = 0, size = 0, count = 0, element = 0;
+
+  void block(nb::handle x, int64_t channel_dim, int64_t batch_dim, int64_t ghost_size) {
+    o.block(x, channel_dim);
+    samples = o.fit ? o.outermost(batch_dim) : 0;
+    o.fit = o.fit && samples > 0;
+    if (!o.fit) return;
+    size = ghost_size;
+    count = (samples + size - 1) / size;
+    element = o.call.dtype == nw::kFloat64 ? 8 : o.call.dtype == nw::kFloat32 ? 4 : 2;
+  }
+  // The call of ghost g; with one channel the samples are in `inner`, else in `outer`.
+  nw::Call part(int64_t g) const {
+    nw::Call call = o.call;
+    const int64_t begin = g * size, length = begin + size <= samples ? size : samples - begin;
+    int64_t& axis = call.outer % samples == 0 ? call.outer : call.inner;
+    const int64_t bytes = call.outer * call.channels * call.inner / samples * begin * element;
+    axis = axis / samples * length;
+    const auto shift = [&](auto& p) {
+      if (p) p = (decltype(+p))((uintptr_t)p + bytes);
+    };
+    shift(call.x), shift(call.residual), shift(call.output), shift(call.dy);
+    shift(call.y), shift(call.dx), shift(call.dresidual);
+    if (call.moments) call.moments += g * 3 * call.channels;
+    call.parts = count;
+    return call;
+  }
+};
+
+// y; `moments` of each ghost (ghosts, 3, C); `whole`, their merge (3, C).
+bool ghost_forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle whole,
+                   nb::handle weight, nb::handle bias, nb::handle residual, int64_t size,
+                   int64_t channel_dim, int64_t batch_dim, double eps, int activation, double slope) {
+  Ghosts ghosts;
+  Operands& o = ghosts.o;
+  ghosts.block(x, channel_dim, batch_dim, size);
+  if (!o.fit) return false;
+  o.call.y = o.like(y);
+  o.call.moments = o.rows(moments, 3 * ghosts.count);
+  o.call.weight = o.vector(weight);
+  o.call.bias = o.vector(bias);
+  o.call.residual = o.like(residual);
+  o.call.eps = eps;
+  o.call.activation = activation;
+  o.call.slope = slope;
+  double* const n = o.rows(whole, 3);
+  if (!o.fit) return false;
+  const int64_t channels = o.call.channels;
+  double *const mean = n + channels, *const m2 = mean + channels;
+  for (int64_t g = 0; g < ghosts.count; ++g) {
+    nw::Call call = ghosts.part(g);
+    run(selected->train_forward, call);
+    const double *gn = call.moments, *gmean = gn + channels, *gm2 = gmean + channels;
+    for (int64_t c = 0; c < channels; ++c) {  // Chan, Golub & LeVeque 1979, eq. 2.1
+      if (g == 0) {
+        n[c] = gn[c], mean[c] = gmean[c], m2[c] = gm2[c];
+        continue;
+      }
+      const double delta = gmean[c] - mean[c], all = n[c] + gn[c], share = gn[c] / all;
+      m2[c] += gm2[c] + delta * delta * n[c] * share;
+      mean[c] += delta * share;
+      n[c] = all;
+    }
+  }
+  return true;
+}
+
+// dx, dresidual; `parameters` (2, C): the gradients of weight and bias over all ghosts.
+bool ghost_backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle weight,
+                    nb::handle bias, nb::handle residual, nb::handle output, nb::handle dx,
+                    nb::handle dresidual, nb::handle sums, nb::handle parameters, int64_t size,
+                    int64_t channel_dim, int64_t batch_dim, double eps, int activation,
+                    double slope) {
+  Ghosts ghosts;
+  Operands& o = ghosts.o;
+  ghosts.block(x, channel_dim, batch_dim, size);
+  if (!o.fit) return false;
+  o.call.dy = o.like(dy);
+  o.call.moments = o.rows(moments, 3 * ghosts.count);
+  o.call.weight = o.vector(weight);
+  o.call.bias = o.vector(bias);
+  o.call.residual = o.like(residual);
+  o.call.output = o.like(output);
+  o.call.dx = o.like(dx);
+  o.call.dresidual = o.like(dresidual);
+  o.call.sums = o.rows(sums, 2);
+  o.call.eps = eps;
+  o.call.activation = activation;
+  o.call.slope = slope;
+  double* const dweight = o.rows(parameters, 2);
+  if (!o.fit) return false;
+  const int64_t channels = o.call.channels;
+  double* const dbias = dweight + channels;
+  for (int64_t c = 0; c < 2 * channels; ++c) dweight[c] = 0;
+  for (int64_t g = 0; g < ghosts.count; ++g) {
+    nw::Call call = ghosts.part(g);
+    run(selected->train_backward, call);
+    const double *n = call.moments, *m2 = n + 2 * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      dbias[c] += call.sums[c];
+      dweight[c] += call.sums[channels + c] / std::sqrt(m2[c] / n[c] + eps);
+    }
+  }
+  return true;
 }
 
 // What is asked of torch, kept for the process.
@@ -344,6 +461,11 @@ NB_MODULE(_native, m) {
         arg().none(), arg().none(), arg(), arg().none(), arg().none(), arg(), arg(), arg(), arg());
   m.def("fused_backward", &fused_backward, arg(), arg(), arg().none(), arg().none(), arg().none(),
         arg().none(), arg().none(), arg().none(), arg().none(), arg(), arg(), arg(), arg(), arg());
+  m.def("ghost_forward", &ghost_forward, arg(), arg(), arg(), arg(), arg().none(), arg().none(),
+        arg().none(), arg(), arg(), arg(), arg(), arg(), arg());
+  m.def("ghost_backward", &ghost_backward, arg(), arg(), arg(), arg().none(), arg().none(),
+        arg().none(), arg().none(), arg(), arg().none(), arg(), arg(), arg(), arg(), arg(), arg(),
+        arg(), arg());
   m.def("update_running", &update_running, arg(), arg(), arg(), arg().none(), arg().none(), arg(),
         arg());
   // clang-format on

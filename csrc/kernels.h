@@ -42,6 +42,7 @@ struct Call {
   void* dbias = nullptr;           // (channels,), bias's dtype, written if not absent
   double count = 0;                // how many elements the sums run over (backward_input)
   bool constant = false;           // mean and var do not depend on x: sums are results only
+  int64_t parts = 1;               // this many such calls make one tensor (ghost batches)
 
   void* scratch = nullptr;         // scratch_bytes(call) bytes, 64-byte aligned
 };

@@ -29,7 +29,7 @@ template <class T> struct Planar {
   // They need the tensors of results to lie alike to the line.
   bool streams(int64_t tensors) const {
     const int64_t size = call.outer * call.channels * call.inner * int64_t(sizeof(T));
-    return size * tensors > caches.last;
+    return size * tensors * call.parts > caches.last;
   }
 
   // ---- forward ----------------------------------------------------------------------------------

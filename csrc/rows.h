@@ -207,7 +207,7 @@ template <class T> struct Rows {
 
   bool streams(const void* to, int64_t tensors) const {
     return sizeof(T) * W >= kVectorBytes && uintptr_t(to) % kVectorBytes == 0 &&
-           n * call.channels * int64_t(sizeof(T)) * tensors > caches.last;
+           n * call.channels * int64_t(sizeof(T)) * tensors * call.parts > caches.last;
   }
   template <bool Stream> NW_INLINE static void put(T* to, P v) {
     if constexpr (Stream)

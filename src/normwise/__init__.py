@@ -9,12 +9,22 @@ from typing import TYPE_CHECKING, Any
 
 from normwise import errors, functional, nn
 from normwise.moments import Moments
+from normwise.nn.modes import (
+    accumulate_statistics,
+    checkpoint_contexts,
+    domain,
+    hold_statistics,
+)
 from normwise.ops import backends
 
 if TYPE_CHECKING:
-    from normwise.graph import fold
+    from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
+    from normwise.tools.convert import convert
+    from normwise.tools.equalization import equalize
     from normwise.tools.memory import memory_saver
+    from normwise.tools.quantization import quantization_report
+    from normwise.tools.recalibrate import recalibrate
 
 try:
     __version__ = version("normwise")
@@ -22,21 +32,35 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "Moments",
     "__version__",
+    "Moments",
+    "accumulate_statistics",
     "backends",
+    "checkpoint_contexts",
+    "convert",
+    "domain",
+    "equalize",
     "errors",
     "fold",
     "functional",
+    "hold_statistics",
+    "load_folded",
     "memory_saver",
     "nn",
+    "quantization_report",
+    "recalibrate",
     "tune_allocator",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "convert": "normwise.tools.convert",
+    "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
+    "load_folded": "normwise.graph",
     "memory_saver": "normwise.tools.memory",
+    "quantization_report": "normwise.tools.quantization",
+    "recalibrate": "normwise.tools.recalibrate",
     "tune_allocator": "normwise.tools.allocator",
 }
 

@@ -7,8 +7,10 @@ The classes inherit from the built-in exceptions that ``torch.nn`` raises in the
 from __future__ import annotations
 
 __all__ = [
+    "CollectiveError",
     "DtypeError",
     "InputError",
+    "MissingDependencyError",
     "NonFiniteError",
     "NormwiseError",
     "OutputError",
@@ -28,8 +30,16 @@ class DtypeError(NormwiseError, TypeError, NotImplementedError):
     """A tensor whose dtype the call does not take (torch.nn: NotImplementedError, RuntimeError)."""
 
 
+class MissingDependencyError(NormwiseError, ImportError):
+    """A package that an extra (``demo``, ``export``) brings and that cannot be imported."""
+
+
 class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):
     """``nonfinite='raise'`` met a batch whose statistics are not finite."""
+
+
+class CollectiveError(NormwiseError, RuntimeError):
+    """A collective of a synchronised norm failed or timed out; names the layer that waited."""
 
 
 class OutputError(NormwiseError, OSError):

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from normwise import ops
 from normwise.activations import ACTIVATIONS, parse
 from normwise.functional import observer
+from normwise.functional.autograd import to_keep, transformed
 from normwise.functional.checks import check_batch_norm, check_enough_values, check_policy
 from normwise.moments import Moments
 from normwise.ops import reference
@@ -19,20 +19,6 @@ __all__ = ["batch_moments", "batch_norm", "batch_norm_update"]
 
 
 _NOTHING = (None, None, None)
-
-
-def _to_keep(
-    activation: str, residual: Tensor | None, y: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """What the backward of a fused residual needs beside x: (residual, output), one or none.
-
-    Without an activation nothing. Under relu, relu6 and leaky_relu the output, which the next
-    layer keeps anyway, tells the derivative; the other activations need the residual.
-    """
-    act = parse(activation)
-    if residual is None or act.code == 0:
-        return None, None
-    return (None, y) if act.from_output else (residual, None)
 
 
 def _train_step(
@@ -97,7 +83,7 @@ class _TrainingNorm(torch.autograd.Function):
         if residual is None and mask is None:  # fewer names to save and unpack: 1 us
             ctx.save_for_backward(x, weight, bias, moments)
         else:
-            kept = _to_keep(activation, residual, y)
+            kept = to_keep(activation, residual, y)
             ctx.save_for_backward(x, weight, bias, moments, *kept, mask)
         ctx.options = ops.autograd_options(
             x, weight, bias, residual, channel_dim, eps, activation, 14, mask is None
@@ -159,7 +145,7 @@ class _ConstantNorm(torch.autograd.Function):
         if residual is None and mask is None:
             ctx.save_for_backward(x, weight, bias, mean, var)
         else:
-            kept = _to_keep(activation, residual, y)
+            kept = to_keep(activation, residual, y)
             ctx.save_for_backward(x, weight, bias, mean, var, *kept, mask)
         # The kernel that makes all gradients in one pass; frozen parameters need no sums.
         everything = (
@@ -238,15 +224,6 @@ _apply_observed_training = super(torch.autograd.Function, _ObservedTrainingNorm)
 _apply_observed_constant = super(torch.autograd.Function, _ObservedConstantNorm).apply
 
 
-def _transformed() -> bool:
-    """Under torch.func, forward-mode AD or torch.jit.trace, where plain operations must serve."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    )
-
-
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -322,7 +299,7 @@ def batch_norm(
             num_batches_tracked.add_(1)  # as torch.nn counts an empty batch; nothing else moves
     check_policy(nonfinite, momentum, running_mean, num_batches_tracked)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _transformed():
+    if not compiling and transformed():
         y, moments = reference.train_forward(input, weight, bias, residual, mask, axis, eps, act)
         if running_mean is not None and running_var is not None:
             reference.update_running(
@@ -361,7 +338,7 @@ def _normalize(
     they ask for a gradient."""
     common = (x, mean, var, weight, bias, residual, mask, axis, eps, activation)
     compiling = torch.compiler.is_compiling()
-    if not compiling and _transformed():
+    if not compiling and transformed():
         return reference.normalize(*common)
     if torch.is_grad_enabled() and (mean.requires_grad or var.requires_grad):
         return reference.normalize(*common)
@@ -439,7 +416,7 @@ def batch_moments(x: Tensor, channel_dim: int = 1, mask: Tensor | None = None) -
     axis = check_batch_norm(x, None, None, None, None, None, mask, channel_dim, True, 1.0)
     packed = (
         reference.moments(x, mask, axis)
-        if _transformed() or (torch.is_grad_enabled() and x.requires_grad)
+        if transformed() or (torch.is_grad_enabled() and x.requires_grad)
         else ops.moments(x, mask, axis)
     )
     if mask is None:

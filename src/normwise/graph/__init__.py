@@ -3,5 +3,6 @@
 from normwise.graph.folding import FoldResult, fold
 from normwise.graph.reasons import REASONS
 from normwise.graph.report import FoldReport
+from normwise.graph.saving import load_folded
 
-__all__ = ["REASONS", "FoldReport", "FoldResult", "fold"]
+__all__ = ["REASONS", "FoldReport", "FoldResult", "fold", "load_folded"]

@@ -63,6 +63,7 @@ class Edits:
                 for e in self.norms
                 if e.kind != "neutral"
             ],
+            "neutral": sorted(name for e in self.norms for name in e.neutral),
         }
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.errors import InputError, message
 from normwise.graph import measure, verify
 from normwise.graph.edits import Edits, apply, edits_of
-from normwise.graph.norms import Norm
+from normwise.graph.norms import Norm, is_norm
 from normwise.graph.plan import Plan, make_plan
 from normwise.graph.record import record
 from normwise.graph.report import FoldReport
@@ -20,11 +21,80 @@ from normwise.results import Entry, Result
 
 __all__ = ["FoldResult", "fold"]
 
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from normwise.graph.exporting import OnnxFile
+
 M = TypeVar("M", bound=nn.Module)
 
 
+@dataclass(frozen=True)
 class FoldResult(Result[M, FoldReport]):
-    """``result.model``, ``result.report``; unpacks as ``model, report``."""
+    """``result.model``, ``result.report``; unpacks as ``model, report``. Saves the model too."""
+
+    structure: dict[str, Any] = field(default_factory=dict, repr=False)
+    """What changed besides numbers: :meth:`normwise.graph.edits.Edits.structure`."""
+    call: Call | None = field(default=None, repr=False)
+    """The example inputs."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """The folded weights and structure as one safetensors file; :func:`load_folded` reads it.
+
+        See :mod:`normwise.graph.saving`. Needs the package safetensors.
+        """
+        from normwise.graph.saving import save_folded
+
+        save_folded(self.model, self.structure, path)
+
+    def export(self, example_inputs: Any = None) -> ExportedProgram:
+        """The folded model as a ``torch.export`` program, for any batch size where it can be.
+
+        Args:
+            example_inputs: as in :func:`fold`; those of the fold if None.
+
+        Raises:
+            InputError: if ``torch.export`` cannot trace the model, or what it made differs.
+        """
+        from normwise.graph.exporting import export_program
+
+        return export_program(self.model, self._call(example_inputs))
+
+    def save_program(self, path: str | os.PathLike[str], example_inputs: Any = None) -> None:
+        """:meth:`export` to a file that ``torch.export.load`` reads without the model's code."""
+        from normwise.graph.exporting import save_program
+
+        save_program(self.export(example_inputs), path)
+
+    def to_onnx(self, path: str | os.PathLike[str], example_inputs: Any = None) -> OnnxFile:
+        """The folded model as an ONNX file, for any batch size where it can be.
+
+        Needs the packages onnx and onnxscript. With onnxruntime the file is run before it is
+        written: an output that is off by more than 1e-4 of its largest value is an error.
+
+        Args:
+            path: where to write; the file is whole or is not there.
+            example_inputs: as in :func:`fold`; those of the fold if None.
+
+        Returns:
+            OnnxFile: whether the batch is free, the batch norms left, and the error of the outputs
+            (None where onnxruntime is not installed and nothing was verified).
+
+        Raises:
+            InputError: if the model cannot be exported, a folded batch norm is in the file, or
+                onnxruntime computes something else.
+        """
+        from normwise.graph.exporting import to_onnx
+
+        # A norm that is written as a function call stays one, though it changes nothing.
+        whole = all(e.action != "left" for e in self.report) and not self.structure["neutral"]
+        return to_onnx(self.model, self._call(example_inputs), path, whole)
+
+    def _call(self, example_inputs: Any) -> Call:
+        if example_inputs is not None:
+            return Call.of(example_inputs)
+        assert self.call is not None
+        return self.call
 
 
 class _Folder:
@@ -151,7 +221,7 @@ def _entries(model: nn.Module, plan: Plan, verdict: verify.Verdict) -> list[Entr
     for path, module in model.named_modules():
         if path in seen:
             continue
-        if isinstance(module, _BatchNorm):
+        if is_norm(module):
             entries.append(Entry(path, "left", reason="not-reached"))
         elif "BatchNorm" in str(getattr(module, "original_name", "")):
             entries.append(Entry(path, "left", reason="scripted"))
@@ -236,7 +306,8 @@ def fold(
     )
     if seconds > 0:
         facts["latency_ms"] = measure.latency(before, after, call, seconds)
-    return FoldResult(after, FoldReport(entries, facts))  # type: ignore[arg-type] # M before and after
+    report = FoldReport(entries, facts)
+    return FoldResult(after, report, edits.structure(), call)  # type: ignore[arg-type] # M before and after
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -8,6 +8,7 @@ that belongs to none, except with probability zero.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -24,8 +25,10 @@ class Mixed(Exception):
     """Several channels meet in one element, or the data decide which one passes."""
 
 
+@functools.lru_cache(maxsize=256)
 def labels(channels: int) -> tuple[Tensor, Tensor]:
-    """Two labels for each channel, all ratios distinct; float64, the same each time."""
+    """Two labels for each channel, all ratios distinct; float64, the same each time: not to be
+    written to."""
     generator = torch.Generator().manual_seed(20150211)
     r = 1 + torch.rand(channels, generator=generator, dtype=torch.float64)
     ratio = 1 + torch.randperm(channels, generator=generator) / max(channels, 1)
@@ -69,6 +72,8 @@ def reach(at_r: Tensor, at_s: Tensor, channels: int) -> Reach:
     Raises:
         Mixed: where several channels meet in one element.
     """
+    if not bool(at_r.any()) and not bool(at_s.any()):  # most of the pairs in a large model
+        return Reach(torch.tensor(-1).expand(at_r.shape), at_r.new_zeros(()).expand(at_r.shape))
     r, s = labels(channels)
     ratios, order = (s / r).sort()
     there = at_r.abs() > 1e-9

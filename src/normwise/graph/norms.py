@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.graph.record import ModuleCall, Node, Trace, Value
+from normwise.nn import FrozenBatchNorm
 
-__all__ = ["Norm", "Site", "find_norms"]
+__all__ = ["Norm", "Site", "find_norms", "is_norm"]
 
 
 @dataclass(eq=False)
@@ -117,7 +118,7 @@ def site_of(node: Node) -> Site | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm)
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm))
 
 
 def find_norms(model: nn.Module, trace: Trace, path_of: Callable[[nn.Module], str]) -> list[Norm]:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normwise.graph.record import Node, Value
 
-__all__ = ["Kind", "kind", "run"]
+__all__ = ["SUMS", "Kind", "kind", "run"]
 
 Kind = Literal["linear", "positive", "relu"]
 
@@ -48,7 +48,7 @@ _DROPOUTS = frozenset(
         "feature_alpha_dropout_",
     }
 )  # fmt: skip
-_SUMS = frozenset(
+SUMS = frozenset(
     {
         "add", "add_", "sub", "sub_", "subtract", "rsub", "__add__", "__radd__", "__iadd__",
         "__sub__", "__rsub__", "__isub__",
@@ -121,7 +121,7 @@ def kind(node: Node) -> Kind | None:
         reflects = argument(node, 2, "mode", "constant") != "constant"
         crops = all(n <= 0 for n in tree_leaves(argument(node, 1, "pad", 0)))
         return "linear" if reflects or crops else None
-    if name in _SUMS:
+    if name in SUMS:
         return "linear"
     if name in _PRODUCTS:
         return "linear" if _one_operand(node) else None

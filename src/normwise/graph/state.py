@@ -15,11 +15,17 @@ from normwise.graph.norms import Norm, Site, find_norms
 from normwise.graph.reasons import Refusal
 from normwise.graph.record import Node, Trace, Value
 from normwise.graph.surroundings import Surroundings, has_hooks
+from normwise.nn import FrozenBatchNorm
 from normwise.nn.batchnorm import _FusedBatchNorm
 
 __all__ = ["AnyTaker", "Fate", "NormTaker", "State", "replaceable"]
 
-_KNOWN_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward, _FusedBatchNorm.forward}
+_KNOWN_FORWARDS = {
+    _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    _FusedBatchNorm.forward,
+    FrozenBatchNorm.forward,
+}
 
 
 @dataclass
@@ -135,6 +141,8 @@ class State:
         sites = norm.sites
         if norm.module is not None and has_hooks(norm.module):
             raise Refusal("hook", "on the norm itself")
+        if getattr(norm.module, "domains", None) is not None:
+            raise Refusal("custom-forward", "it keeps running statistics of several domains")
         if any(s.training for s in sites):
             module = norm.module
             kept = module is None or getattr(module, "running_mean", None) is not None

@@ -65,9 +65,21 @@ class Upward:
         demands = self._demands(region, takers, a, b)
         # Straight from taker to norm no axis but the channel axes matters.
         axes = None if region else {t.output_axis for t in takers}
-        reaches = [self._reaches(t, region, demands, axes) for t in takers]
-        scales = [self._scale(t, r, demands) for t, r in zip(takers, reaches, strict=True)]
-        shifts = self._shifts(takers, reaches, demands, region)
+        run = self.state.run
+        constants = propagate(region, {}, run)
+        reaches, scales = [], []
+        for taker in takers:
+            # Taker by taker, and each asked first what may refuse it: in a dense block, where each
+            # norm has all layers before it above it, the first one does, after two demands of 600.
+            runs = [
+                propagate(region, {taker.y: spread(v, taker.y.shape, taker.output_axis)}, run)
+                for v in labels(taker.y.shape[taker.output_axis])
+            ]
+            first = [d for d in demands if d.value is taker.y or d.axis is not None]
+            self._scale(taker, self._reaches(taker, runs, first, constants, axes), first)
+            reaches.append(self._reaches(taker, runs, demands, constants, axes))
+            scales.append(self._scale(taker, reaches[-1], demands))
+        shifts = self._shifts(takers, reaches, demands, constants)
         self._check_relus(takers, shifts, region)
         changed = {t.y for t in takers} | {v for n in region for v in n.outputs}
         self.state.check_place("up", self.norm, takers, region, changed)
@@ -135,18 +147,15 @@ class Upward:
     def _reaches(
         self,
         taker: AnyTaker,
-        region: Sequence[Node],
+        runs: Sequence[dict[Value, Tensor]],
         demands: Sequence[_Demand],
+        constants: dict[Value, Tensor],
         axes: set[int] | None,
     ) -> list[Reach]:
-        """Where the taker's channels arrive, for each demand; along ``axes`` alone if given."""
-        y, axis = taker.y, taker.output_axis
-        channels = y.shape[axis]
-        runs = []
-        for vector in labels(channels):
-            seed = spread(vector, y.shape, axis)
-            runs.append(propagate(region, {y: seed}, self.state.run))
-        constants = propagate(region, {}, self.state.run)
+        """Where the taker's channels arrive, for each demand; along ``axes`` alone if given.
+
+        runs: what its labels became; constants: what is there without them."""
+        channels = taker.y.shape[taker.output_axis]
         found = []
         for d in demands:
             nothing = _ZERO.expand(d.value.shape)
@@ -178,14 +187,13 @@ class Upward:
         takers: Sequence[AnyTaker],
         reaches: Sequence[list[Reach]],
         demands: Sequence[_Demand],
-        region: Sequence[Node],
+        offsets: dict[Value, Tensor],
     ) -> list[Tensor]:
         """How much each channel of each taker is to be shifted.
 
         The first taker whose channels reach an element takes its whole shift, if that is one
         number for each of its channels.
         """
-        offsets = propagate(region, {}, self.state.run) if region else {}
         left = []
         for i, d in enumerate(demands):
             shape = reaches[0][i].channel.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,15 +13,20 @@ from normwise import functional as F
 from normwise.activations import parse
 from normwise.errors import InputError, NonFiniteError, message
 from normwise.functional.checks import NONFINITE
+from normwise.functional.masks import lengths_to_mask
+from normwise.nn.modes import ACTIVE
 from normwise.nn.naming import describe
+from normwise.nn.switches import Switches
 
 __all__ = ["BatchNorm", "BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 
 
-class _FusedBatchNorm(_BatchNorm):
+class _FusedBatchNorm(Switches, _BatchNorm):
     """What the batch norm layers share. ``ranks`` are the input ranks the class takes, None any."""
 
     ranks: ClassVar[tuple[int, ...] | None] = None
+    # What computes; the variants of batch norm have methods of their own, with these arguments.
+    _batch_norm: Any = staticmethod(F.batch_norm)
     activation: str | None
     channel_dim: int
     nonfinite: str
@@ -39,6 +45,9 @@ class _FusedBatchNorm(_BatchNorm):
         activation: str | None = None,
         channel_dim: int = 1,
         nonfinite: str = "propagate",
+        normalize_with: str | None = None,
+        update_stats: bool | None = None,
+        domains: Sequence[str] = (),
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -46,6 +55,9 @@ class _FusedBatchNorm(_BatchNorm):
         if not bias:  # torch.nn's own keyword came with 2.13; normwise runs on 2.10 and later
             self.register_parameter("bias", None)
         self._set_options(activation, channel_dim, nonfinite)
+        self.normalize_with, self.update_stats = normalize_with, update_stats
+        if domains:
+            self.add_domains(*domains)
 
     def _set_options(self, activation: str | None, channel_dim: int, nonfinite: str) -> None:
         if activation is not None:
@@ -83,11 +95,24 @@ class _FusedBatchNorm(_BatchNorm):
         )
 
     def forward(
-        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        mask: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
     ) -> Tensor:
-        """``activation(bn(input) + residual)``; ``mask`` is True where an element counts."""
+        """``activation(bn(input) + residual)``; ``mask`` is True where an element counts, or
+        ``lengths`` are those of padded sequences."""
         if self.ranks is not None and input.dim() not in self.ranks:
             self._check_input_dim(input)
+        if lengths is not None:
+            mask = lengths_to_mask(lengths, input, self.channel_dim, mask)
+        if ACTIVE or self._switched:
+            try:
+                return self._by_switches(input, residual, mask)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{describe(self)}: {error}") from None
         # Straight from the dicts: nn.Module.__getattr__ takes 0.4 us a name, as much in all as the
         # kernel on a small batch. What stands elsewhere (parametrized, pruned) comes the long way.
         parameters, buffers = self._parameters, self._buffers
@@ -112,7 +137,7 @@ class _FusedBatchNorm(_BatchNorm):
             # Without buffers the batch's statistics normalize in eval too.
             training = running_mean is None and running_var is None
         try:
-            return F.batch_norm(
+            y: Tensor = self._batch_norm(
                 input,
                 running_mean,
                 running_var,
@@ -129,6 +154,7 @@ class _FusedBatchNorm(_BatchNorm):
                 nonfinite=self.nonfinite,
                 nonfinite_batches=buffers.get("num_nonfinite_batches"),
             )
+            return y
         except NonFiniteError as error:
             raise NonFiniteError(f"{describe(self)}: {error}") from None
 
@@ -144,6 +170,9 @@ class _FusedBatchNorm(_BatchNorm):
             text += f", channel_dim={self.channel_dim}"
         if self.nonfinite != "propagate":
             text += f", nonfinite={self.nonfinite!r}"
+        for name in ("normalize_with", "update_stats"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)!r}"
         return text
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -177,10 +206,16 @@ _ARGUMENTS = """
             'propagate' (as torch.nn: they stay poisoned), 'skip' (they stay as they were;
             ``num_nonfinite_batches`` counts it) or 'raise' (an error that names layer and
             channels).
+        normalize_with: 'batch' or 'running' statistics, whatever the mode; None for the batch's in
+            training and the running ones in eval. An attribute, too.
+        update_stats: whether a batch moves the running statistics, whatever the mode; None: in
+            training. An attribute, too.
+        domains: names of further running statistics, for ``with nw.domain(name):``.
 
     Call:
-        ``bn(x, residual=None, mask=None)``: ``y = activation(bn(x) + residual)``. ``residual`` has
-        the shape of ``x``; ``mask`` is boolean with size 1 on the channel axis.
+        ``bn(x, residual=None, mask=None, lengths=None)``: ``y = activation(bn(x) + residual)``.
+        ``residual`` has the shape of ``x``; ``mask`` is boolean with size 1 on the channel axis;
+        ``lengths``, shape ``(N,)``, stand for the mask of padded ``(N, C, L)`` or ``(N, L, C)``.
 
     The state dict is torch.nn's, version 2, and loads both ways. Input float64, float32, bfloat16
     or float16, also with float32 parameters; statistics are taken in float64 (float32 on devices

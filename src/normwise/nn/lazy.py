@@ -33,6 +33,8 @@ class _LazyOptions(_Base):
         activation: str | None = None,
         channel_dim: int = 1,
         nonfinite: str = "propagate",
+        normalize_with: str | None = None,
+        update_stats: bool | None = None,
     ) -> None:
         # The next class is torch.nn's lazy one, which has no num_features.
         lazy: Any = super()
@@ -40,6 +42,7 @@ class _LazyOptions(_Base):
         if not bias:
             self.register_parameter("bias", None)
         self._set_options(activation, channel_dim, nonfinite)
+        self.normalize_with, self.update_stats = normalize_with, update_stats
 
     def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
         """``num_features`` is the size of axis ``channel_dim``; torch.nn's looks at axis 1."""

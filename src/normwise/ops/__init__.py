@@ -3,11 +3,18 @@
 ``moments``, ``normalize``, ``train_forward``, ``update_running``, ``backward_reduce``,
 ``backward_input``, ``train_backward``, ``eval_backward``: see :mod:`normwise.ops.schema` for what
 each computes. ``train_gradients``, ``eval_gradients``: the body of an autograd node in one call,
-where the kernels serve (:mod:`normwise.ops.cpu`).
+where the kernels serve; ``ghost_forward``, ``ghost_backward``: the training kernels over ghost
+batches (:mod:`normwise.ops.cpu`).
 """
 
 from normwise.ops.backends import BackendStatus, backends
-from normwise.ops.cpu import autograd_options, eval_gradients, train_gradients
+from normwise.ops.cpu import (
+    autograd_options,
+    eval_gradients,
+    ghost_backward,
+    ghost_forward,
+    train_gradients,
+)
 from normwise.ops.dispatch import (
     OPERATORS,
     backward_input,
@@ -29,6 +36,8 @@ __all__ = [
     "backward_reduce",
     "eval_backward",
     "eval_gradients",
+    "ghost_backward",
+    "ghost_forward",
     "moments",
     "normalize",
     "train_backward",

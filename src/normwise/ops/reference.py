@@ -18,6 +18,8 @@ __all__ = [
     "backward_input",
     "backward_reduce",
     "eval_backward",
+    "in_layout_of",
+    "mean_var",
     "moments",
     "normalize",
     "parameter_gradients",
@@ -46,7 +48,8 @@ def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Tensor:
     return torch.stack([m.count.to(m.mean.dtype).expand(m.mean.shape), m.mean, m.m2])
 
 
-def _mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
+def mean_var(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of packed moments."""
     count, mean, m2 = moments.unbind(0)
     return mean, m2 / count.clamp(min=1)
 
@@ -96,10 +99,10 @@ def normalize(
     y = parse(activation).value(z).to(x.dtype)
     if mask is not None:
         y = torch.where(mask, y, y.new_zeros(()))
-    return _in_layout_of(x, y)
+    return in_layout_of(x, y)
 
 
-def _in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """The layout of x, not of a residual, a mask or dy: the fake kernels promise it."""
     like = torch.empty_like(x)
     return y if like.stride() == y.stride() and like.dtype == y.dtype else like.copy_(y)
@@ -116,7 +119,7 @@ def train_forward(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     m = moments(x, mask, channel_dim)
-    mean, var = _mean_var(m)
+    mean, var = mean_var(m)
     y = normalize(x, mean, var, weight, bias, residual, mask, channel_dim, eps, activation)
     return y, m
 
@@ -285,8 +288,8 @@ def backward_input(
     dx = dx * (rstd if w is None else rstd * w)
     if mask is not None:
         dx = torch.where(mask, dx, dx.new_zeros(()))
-    dx = _in_layout_of(x, dx)
-    return dx, _in_layout_of(x, dz) if residual_gradient else None
+    dx = in_layout_of(x, dx)
+    return dx, in_layout_of(x, dz) if residual_gradient else None
 
 
 def train_backward(
@@ -303,7 +306,7 @@ def train_backward(
     activation: str,
     residual_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    mean, var = _mean_var(moments)
+    mean, var = mean_var(moments)
     common = (x, mean, var, weight, bias, residual, output, mask)
     sums = backward_reduce(dy, *common, channel_dim, eps, activation)
     dx, dresidual = backward_input(
