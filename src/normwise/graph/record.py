@@ -277,7 +277,6 @@ class _Recorder:
         self.check_constants()
         return Trace(self.nodes, self.calls, self.uses, self.written)
 
-
     def check_constants(self) -> None:
         """What is computed from a buffer that the run wrote to or replaced is not constant."""
         held = {id(t) for t in self.stack[0].module.buffers()}
