@@ -458,6 +458,15 @@ def test_onnx_of_a_model_whose_batch_norm_stays(tmp_path: Path) -> None:
     assert result.to_onnx(tmp_path / "net.onnx").batch_norms == 1
 
 
+def test_a_norm_of_normwise_that_stays_is_exported_as_arithmetic(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nw.nn.BatchNorm2d(4, activation="silu"))
+    net[1].register_forward_hook(lambda module, args, output: None)
+    result = folded(net)
+    assert [e.reason for e in result.report] == ["hook"]
+    assert "normwise" not in str(result.export().graph)
+    assert result.to_onnx(tmp_path / "net.onnx").error is not None
+
+
 def test_onnx_without_a_runtime_says_that_nothing_was_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
