@@ -519,14 +519,16 @@ def ghost_forward(
     if _native is None or not _plain(x) or _negated(x, residual, weight, bias):
         return NotImplemented
     act = parse(activation)
-    x = densify(x)
     y, whole = torch.empty_like(x), _rows(3, x, channel_dim)
     ghosts = -(-x.shape[batch_dim] // size)
     moments = whole.new_empty((ghosts, *whole.shape))
+    end = (size, channel_dim, batch_dim, eps, act.code, act.slope)
+    if _native.ghost_forward(x, y, moments, whole, weight, bias, residual, *end):
+        return y, moments, whole
+    x = densify(x)
     done = _native.ghost_forward(
-        x, y, moments, whole, _vector(weight), _vector(bias), _like(residual, x), size,
-        channel_dim, batch_dim, eps, act.code, act.slope,
-    )  # fmt: skip
+        x, y, moments, whole, _vector(weight), _vector(bias), _like(residual, x), *end
+    )
     return (y, moments, whole) if done else NotImplemented
 
 
@@ -551,12 +553,15 @@ def ghost_backward(
         return NotImplemented
     act = parse(activation)
     residual, output = _derivative_from(activation, residual, output)
-    x = densify(x)
     dx, parameters = torch.empty_like(x), _rows(2, x, channel_dim)
     dresidual = torch.empty_like(x) if residual_gradient else None
+    results = (dx, dresidual, torch.empty_like(parameters), parameters)
+    end = (size, channel_dim, batch_dim, eps, act.code, act.slope)
+    if _native.ghost_backward(dy, x, moments, weight, bias, residual, output, *results, *end):
+        return dx, dresidual, parameters
+    x = densify(x)
     done = _native.ghost_backward(
         match(dy, x), x, moments, _vector(weight), _vector(bias), _like(residual, x),
-        _like(output, x), dx, dresidual, torch.empty_like(parameters), parameters, size,
-        channel_dim, batch_dim, eps, act.code, act.slope,
+        _like(output, x), *results, *end,
     )  # fmt: skip
     return (dx, dresidual, parameters) if done else NotImplemented
