@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -94,6 +93,8 @@ def built(graph: Graph, dtype: torch.dtype) -> nn.Module:
     randomise(model, graph.positive)
     if graph.dtype is None:
         model = model.to(dtype)
+    if graph.prepare is not None:
+        graph.prepare(model)
     return model if graph.fixed else model.eval()
 
 
@@ -102,8 +103,9 @@ def assert_reported(graph: Graph, folded: nn.Module, report: Any) -> None:
     seen = {n: e.action if e.reason is None else f"{e.action}: {e.reason}" for n, e in got.items()}
     assert seen.keys() == graph.expect.keys()
     for name, expected in graph.expect.items():
-        matches = seen[name] == expected or seen[name].startswith(expected + ":")
-        assert matches, f"{name}: {seen[name]}, expected {expected}; {got[name].facts}"
+        assert seen[name].startswith(expected), (
+            f"{name}: {seen[name]}, expected {expected}; {got[name].facts}"
+        )
         assert got[name].reason is None or got[name].reason in REASONS
         try:
             there: Any = folded.get_submodule(name)
@@ -141,5 +143,3 @@ def test_folds_exactly(graph: Graph, dtype: torch.dtype) -> None:
         assert_same(call(model, x, cast), want, 0.0)
         assert_same(call(folded, x, cast), want, tolerance)
     assert_reported(graph, folded, report)
-    again = copy.deepcopy(folded)
-    assert_same(call(again, given[-1], cast), outputs[-1], tolerance)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,7 +192,8 @@ def test_a_layer_called_twice_pools_its_calls(mode: str) -> None:
     assert report["bn"].facts["batches"] == 4
 
 
-def test_a_layer_that_feeds_itself_reaches_its_fixed_point() -> None:
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_layer_that_feeds_itself_reaches_its_fixed_point(poison: bool) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -199,12 +202,29 @@ def test_a_layer_that_feeds_itself_reaches_its_fixed_point() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(torch.tanh(self.bn(x)) + 0.1 * x)
 
-    model, report = nw.recalibrate(Recurrent().double(), split(ROWS, 10))
+    source = Recurrent().double()
+    if poison:
+        source.bn.running_var.fill_(float("nan"))
+    model, report = nw.recalibrate(source, split(ROWS, 10))
     assert report.facts["self_consistent"]
     y = (ROWS - model.bn.running_mean) / (model.bn.running_var + 1e-5).sqrt()
     seen = torch.cat([ROWS, torch.tanh(y) + 0.1 * ROWS])
     m = moments(seen.numpy())
     np.testing.assert_allclose(model.bn.running_var.numpy(), m.m2 / (m.count - 1), rtol=1e-9)
+
+
+def test_passes_are_as_many_as_norms_depend_on_one_another() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branches = nn.ModuleList(nn.BatchNorm1d(5) for _ in range(6))
+            self.last = nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.stack([torch.tanh(b(x)) for b in self.branches]).sum(0))
+
+    _, report = nw.recalibrate(Branches().double(), split(ROWS, 10))
+    assert report.facts["passes"] == 2 + 1  # two in a row; the last checks
 
 
 def test_masked_elements_stay_out() -> None:
@@ -278,6 +298,13 @@ def test_half_precision_buffers() -> None:
     model, report = nw.recalibrate(nn.BatchNorm1d(5).bfloat16(), ROWS.bfloat16())
     assert model.running_mean.dtype == torch.bfloat16
     assert report.facts["self_consistent"]
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = nw.recalibrate(chain(), split(IMAGES[:600].float(), 100))
+    assert report.facts["self_consistent"]
+    assert report["9"].facts["var_error"] < 0.03
 
 
 def test_norms_that_are_left_say_why() -> None:
@@ -521,3 +548,13 @@ def test_progress_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sys, "stderr", stream)
         nw.recalibrate(nn.BatchNorm1d(5).double(), split(ROWS, 10))
         assert ("recalibrate" in stream.getvalue()) is shown
+
+
+def test_the_example_repairs_a_model() -> None:
+    path = Path(__file__).parent.parent / "examples" / "recalibrate.py"
+    rows = runpy.run_path(str(path))["main"](["--steps", "100"])
+    (_, dark_before), (_, dark_after) = rows["a darker domain"]
+    assert dark_after > dark_before
+    (poisoned_loss, _), (repaired_loss, _) = rows["poisoned by one batch"]
+    assert np.isnan(poisoned_loss)
+    assert repaired_loss < 0.3

@@ -140,7 +140,7 @@ class Problem:
                 assert_near(total, value, flow * terms**0.5, computed=self.x.dtype)
 
 
-SMOOTH = ("none", "silu", "tanh")
+SMOOTH = ("none", "silu")
 
 
 @pytest.mark.parametrize("activation", SMOOTH)
@@ -178,7 +178,7 @@ def test_half_types_round_once(
 @pytest.mark.parametrize("parameters", ["both", "none"])
 @pytest.mark.parametrize("norm", [n for n in NORMS.values() if n.centred], ids=lambda n: n.name)
 def test_a_mean_of_a_million(norm: Norm, parameters: str) -> None:
-    """torch.nn's float32 layer norm is off by 0.03 here."""
+    """torch.nn's float32 norms are off by up to 0.1 here."""
     problem = Problem(norm, torch.float32, parameters, offset=1e6)
     problem.check(*problem.run())
 
@@ -238,7 +238,7 @@ def test_no_eps_is_no_division_by_zero_for_rows_that_vary(norm: Norm) -> None:
 # Derivatives
 
 
-@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("activation", SMOOTH)
 @pytest.mark.parametrize("parameters", PARAMETERS)
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_first_and_second_derivatives(norm: Norm, parameters: str, activation: str) -> None:

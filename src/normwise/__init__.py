@@ -20,6 +20,7 @@ from normwise.ops import backends
 if TYPE_CHECKING:
     from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
+    from normwise.tools.convert import convert
     from normwise.tools.equalization import equalize
     from normwise.tools.memory import memory_saver
     from normwise.tools.quantization import quantization_report
@@ -36,6 +37,7 @@ __all__ = [
     "accumulate_statistics",
     "backends",
     "checkpoint_contexts",
+    "convert",
     "domain",
     "equalize",
     "errors",
@@ -52,6 +54,7 @@ __all__ = [
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
     "load_folded": "normwise.graph",

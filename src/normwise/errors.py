@@ -10,6 +10,7 @@ __all__ = [
     "CollectiveError",
     "DtypeError",
     "InputError",
+    "MissingDependencyError",
     "NonFiniteError",
     "NormwiseError",
     "OutputError",
@@ -27,6 +28,10 @@ class InputError(NormwiseError, ValueError, RuntimeError):
 
 class DtypeError(NormwiseError, TypeError, NotImplementedError):
     """A tensor whose dtype the call does not take (torch.nn: NotImplementedError, RuntimeError)."""
+
+
+class MissingDependencyError(NormwiseError, ImportError):
+    """A package that an extra (``demo``, ``export``) brings and that cannot be imported."""
 
 
 class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedTensorMixin
 
 __all__ = ["Graph", "Net", "images", "normal", "randomise", "signals", "tokens", "vectors"]
 
@@ -31,7 +32,8 @@ class Graph:
     tolerance: float | None = None
     fixed: bool = False
     """Its modes are set by ``make``."""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    prepare: Callable[[Any], Any] | None = None
+    """Last of all, after the numbers are drawn."""
 
 
 class Net(nn.Module):
@@ -92,7 +94,7 @@ def randomise(model: nn.Module, positive: bool = False) -> None:
 
     for module in model.modules():
         for name, t in (*module._parameters.items(), *module._buffers.items()):
-            if t is None or not t.is_floating_point():
+            if t is None or isinstance(t, UninitializedTensorMixin) or not t.is_floating_point():
                 continue
             norm = isinstance(module, _BatchNorm)
             if name == "running_mean":

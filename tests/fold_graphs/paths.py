@@ -38,6 +38,12 @@ def shuffle_by_index(x: Tensor) -> Tensor:
     return x[:, torch.tensor([0, 2, 1, 3])]
 
 
+def _shiftless(m: Any) -> None:
+    """b = 0, so that the norm only scales."""
+    m.bn.running_mean.zero_()
+    nn.init.zeros_(m.bn.bias)
+
+
 class Shuffle(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +129,7 @@ WAYS: dict[str, tuple[Callable[[Tensor], Tensor], str, str]] = {
     "negative padding": (lambda x: F.pad(x, (-1, -1, -1, 0)), "folded", "folded"),
     "replicated border": (lambda x: F.pad(x, (2, 1, 0, 1), mode="replicate"), "folded", "folded"),
     "pixel shuffle and back": (
-        lambda x: F.pixel_unshuffle(F.pixel_shuffle(x.repeat(1, 4, 1, 1), 2), 2)[:, ::4],
+        lambda x: F.pixel_unshuffle(F.pixel_shuffle(x.repeat_interleave(4, 1), 2), 2)[:, ::4],
         "folded", "folded"),
     "float and back": (lambda x: x.to(x.dtype).type_as(x), "folded", "folded"),
     "chained in place": (
@@ -240,17 +246,18 @@ MERGING = [
     Graph("amax over the image, scales above zero, up",
           lambda: up(lambda x: x.amax((2, 3), keepdim=True)), images(), FOLDED, positive=True),
     Graph("max over pairs of channels, scales above zero, up",
-          lambda: up(lambda x: x.unflatten(1, (4, 2)).amax(2), 8, 4), images(), FOLDED,
-          positive=True),
+          lambda: up(lambda x: x.unflatten(1, (4, 2)).amax(2), 8, 4), images(),
+          {"bn": "multiply-add: channels-differ"}, positive=True),
     Graph("max over pairs of channels, scales above zero, down",
           lambda: Net(lambda m, x: m.c(m.bn(x).unflatten(1, (2, 2)).amax(2)), bn=B2(4),
                       c=nn.Conv2d(2, 4, 3)), images(4), MULTIPLY_ADD, positive=True),
     Graph("relu between, scales above zero, a shift",
           lambda: up(lambda x: x.relu()), images(), BLOCKED, positive=True),
-    Graph("relu between, scales above zero, no shift", lambda: _shiftless(False), images(), FOLDED,
-          positive=True),
-    Graph("leaky relu between, scales above zero, no shift, down", lambda: _shiftless(True),
-          images(), {"bn": "multiply-add"}, positive=True),
+    Graph("relu between, scales above zero, no shift", lambda: up(lambda x: x.relu()), images(),
+          FOLDED, positive=True, prepare=_shiftless),
+    Graph("leaky relu between, scales above zero, no shift, down",
+          lambda: down(lambda x: F.leaky_relu(x, 0.2)), images(), MULTIPLY_ADD, positive=True,
+          prepare=_shiftless),
     Graph("torch.maximum of two, scales above zero",
           lambda: Net(lambda m, x: m.bn(torch.maximum(m.a(x), m.b(x))), a=nn.Conv2d(3, 4, 3),
                       b=nn.Conv2d(3, 4, 3), bn=B2(4)), images(), MULTIPLY_ADD, positive=True),
@@ -318,21 +325,3 @@ def _excited(m: Any, x: Tensor) -> Tensor:
 def _fan_out(m: Any, x: Tensor) -> Any:
     y = m.bn(x)
     return m.a(y), m.b(y), m.fc(y.mean((2, 3)))
-
-
-def _shiftless(leaky: bool) -> nn.Module:
-    act = nn.LeakyReLU(0.2) if leaky else nn.ReLU()
-    if leaky:
-        return Net(lambda m, x: m.c(act(m.bn(x))), bn=B2(3), c=nn.Conv2d(3, 4, 3))
-
-    class Shiftless(B2):
-        def __init__(self) -> None:
-            super().__init__(4)
-            self.bias = None  # type: ignore[assignment]
-
-        def _load(self) -> None: ...
-
-    norm = Shiftless()
-    del norm.running_mean
-    norm.running_mean = torch.zeros(4)
-    return Net(lambda m, x: m.bn(m.act(m.c(x))), c=nn.Conv2d(3, 4, 3), act=act, bn=norm)

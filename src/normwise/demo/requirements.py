@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ..errors import NormwiseError, message
+from ..errors import MissingDependencyError, message
 
 __all__ = ["MissingDependencyError", "require"]
 
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 """Import name to package name: the ``demo`` extra of pyproject.toml."""
-
-
-class MissingDependencyError(NormwiseError, ImportError):
-    """A package of the ``demo`` extra that cannot be imported."""
 
 
 def _import_error(module: str) -> ImportError | None:

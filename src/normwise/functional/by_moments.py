@@ -14,7 +14,7 @@ from torch import Tensor
 from normwise import ops
 from normwise.functional import observer
 from normwise.functional.autograd import to_keep, transformed
-from normwise.functional.collectives import AllReduce, Who, gather, start_sum
+from normwise.functional.collectives import Who, gather, start_sum, summed
 from normwise.moments import Moments
 from normwise.ops import reference
 
@@ -83,8 +83,7 @@ def _differentiable_moments(
     row = torch.cat([moments[1], moments[2], moments[0, :1]])
     ranks, own = dist.get_world_size(group), dist.get_rank(group)
     rows = torch.stack([row if i == own else torch.zeros_like(row) for i in range(ranks)])
-    total: Tensor = AllReduce.apply(rows, group, who)
-    return _merged(total)
+    return _merged(summed(rows, group, who))
 
 
 class _MomentsNorm(torch.autograd.Function):
@@ -142,7 +141,7 @@ class _MomentsNorm(torch.autograd.Function):
             if pending is not None:
                 total = pending.wait()
             elif group is not None and want_x:
-                total = AllReduce.apply(sums, group, who)
+                total = summed(sums, group, who)
             # Ghost batches beside one another differ in count where a mask is; else one count will
             # do, which is all that the kernels know.
             count = moments[0, :1] if mask is None else moments[0]
@@ -192,5 +191,6 @@ def normalize_by_moments(
     arguments = (x, weight, bias, residual, mask, moments, channel_dim, eps, activation)
     if not torch.is_grad_enabled():
         return _normalize(*arguments)
-    y: Tensor = _MomentsNorm.apply(*arguments, group, who)
+    apply: Any = _MomentsNorm.apply
+    y: Tensor = apply(*arguments, group, who)
     return y

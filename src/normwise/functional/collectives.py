@@ -16,7 +16,7 @@ from torch import Tensor
 
 from normwise.errors import CollectiveError, InputError, message
 
-__all__ = ["AllReduce", "Pending", "gather", "group_of", "start_sum"]
+__all__ = ["Pending", "Who", "gather", "group_of", "start_sum", "summed"]
 
 # Says which layer waits, for errors; None where nobody knows.
 Who = Callable[[], str] | None
@@ -65,7 +65,8 @@ def gather(row: Tensor, group: Any, who: Who = None) -> Tensor:
         from torch.distributed import _functional_collectives as functional
 
         rows: Tensor = functional.all_gather_tensor(row.unsqueeze(0), 0, group)
-        return functional.wait_tensor(rows)
+        waited: Tensor = functional.wait_tensor(rows)
+        return waited
     flat = row.new_empty(dist.get_world_size(group) * row.numel())  # gloo takes no other shape
     with _explained("the gather of the batch's moments (forward)", group, who):
         # The name since torch 2.13, which deprecates the old one.
@@ -100,7 +101,14 @@ def start_sum(values: Tensor, group: Any, who: Who = None) -> Pending:
     return Pending(total, work, group, who)
 
 
-class AllReduce(torch.autograd.Function):
+def summed(values: Tensor, group: Any, who: Who = None) -> Tensor:
+    """The sum of ``values`` over the ranks, differentiable to any order."""
+    apply: Any = _AllReduce.apply
+    total: Tensor = apply(values, group, who)
+    return total
+
+
+class _AllReduce(torch.autograd.Function):
     """The sum over the ranks as a function of this rank's term, differentiable to any order: what
     each rank's loss asks of the sum comes back to every term."""
 
@@ -111,5 +119,4 @@ class AllReduce(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        total: Tensor = AllReduce.apply(gradient, ctx.group, ctx.who)
-        return total, None, None
+        return summed(gradient, ctx.group, ctx.who), None, None

@@ -38,7 +38,8 @@ def check_ghost_size(ghost_size: int) -> None:
 
 
 class _GhostNorm(torch.autograd.Function):
-    """y of all ghost batches on the kernels; ``found`` receives the moments of the whole batch."""
+    """``y``, which the kernels made of all ghost batches by their ``moments``: what is left is the
+    backward, which goes through the moments."""
 
     @staticmethod
     def forward(
@@ -68,9 +69,9 @@ class _GhostNorm(torch.autograd.Function):
         nothing = (None,) * 7
         result: Any = NotImplemented
         if not torch.is_grad_enabled():
-            result = ops.ghost_backward(
-                dy, x, moments, weight, bias, residual, output, *ctx.options, wanted[3]
-            )
+            tensors = (dy, x, moments, weight, bias, residual, output)
+            options: Any = (*ctx.options, wanted[3])
+            result = ops.ghost_backward(*tensors, *options)
         if result is NotImplemented:
             return *_again(dy, x, weight, bias, residual, output, ctx.options, wanted), *nothing
         dx, dresidual, parameters = result
@@ -101,9 +102,6 @@ def _again(
     create = torch.is_grad_enabled()
     size, channel_dim, batch_dim, eps, activation = options
     with torch.enable_grad():
-        x, weight, bias = (
-            t if t is None or t.requires_grad else t.detach() for t in (x, weight, bias)
-        )
         y, _ = _beside(x, weight, bias, None, None, size, channel_dim, batch_dim, eps, "none")
         act = parse(activation)
         if output is not None:
@@ -112,7 +110,8 @@ def _again(
             dz = dy
         else:
             dz = dy * act.derivative(y if residual is None else y + residual)
-        inputs = [t for t, w in zip((x, weight, bias), wanted, strict=False) if w]
+        candidates = (x, weight, bias)
+        inputs = [t for t, w in zip(candidates, wanted, strict=False) if t is not None and w]
         found = iter(torch.autograd.grad(y, inputs, dz, create_graph=create) if inputs else ())
     return [next(found) if w else None for w in wanted[:3]] + [dz if wanted[3] else None]
 
@@ -228,7 +227,8 @@ def ghost_batch_norm(
     else:
         y, moments, whole = found
         if torch.is_grad_enabled():
-            y = _GhostNorm.apply(input, weight, bias, residual, y, moments, *tail)
+            apply: Any = _GhostNorm.apply
+            y = apply(input, weight, bias, residual, y, moments, *tail)
     move_running(
         running_mean, running_var, num_batches_tracked, nonfinite_batches, whole, momentum,
         nonfinite,

@@ -89,8 +89,7 @@ def group_norm(
             )
         )
     view = (x.shape[0], num_groups, channels // num_groups, length)
-    if residual is not None:
-        residual = (residual if axis == 1 else residual.movedim(axis, 1)).reshape(view)
-    y, _ = normalize_sets(x.reshape(view), weight, bias, residual, None, eps, act)
-    y = y.reshape(x.shape)
+    if residual is not None and axis != 1:
+        residual = residual.movedim(axis, 1)
+    y, _ = normalize_sets(x, view, weight, bias, residual, None, eps, act)
     return _in_memory_format_of(input, y) if axis == 1 else y.movedim(1, axis)

@@ -116,13 +116,15 @@ def instance_norm(
             )
         )
     view = (x.shape[0], x.shape[1], 1, length)
-    if residual is not None:
-        residual = (residual.movedim(axis, 1) if moved else residual).reshape(view)
+    if residual is not None and moved:
+        residual = residual.movedim(axis, 1)
     if mask is not None:
         along = mask.movedim(axis, 1) if moved else mask
         mask = along.expand(x.shape[0], 1, *x.shape[2:]).reshape(x.shape[0], 1, 1, length)
-    y, moments = normalize_sets(x.reshape(view), weight, bias, residual, mask, eps, act)
-    if running_mean is not None and running_var is not None and input.numel():
+    tracked = running_mean is not None and running_var is not None and input.numel() > 0
+    y, moments = normalize_sets(
+        x, view, weight, bias, residual, mask, eps, act, moments_too=tracked
+    )
+    if tracked and running_mean is not None and running_var is not None and moments is not None:
         _update_running(running_mean, running_var, moments, x.shape[0], momentum)
-    y = y.reshape(x.shape)
     return y.movedim(1, axis) if moved else y

@@ -14,11 +14,6 @@ from normwise.functional.sets import normalize_sets
 __all__ = ["layer_norm", "rms_norm"]
 
 
-def _rows(t: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``(rows, 1, D, 1)``, also of an empty tensor, whose rows a -1 could not count."""
-    return t.reshape(prod(t.shape[: t.dim() - len(shape)]), 1, prod(shape), 1)
-
-
 def _by_rows(
     name: str,
     x: Tensor,
@@ -34,9 +29,10 @@ def _by_rows(
     shape = normalized_axes(x, normalized_shape)
     check_vector("weight", weight, shape, "of same shape as normalized_shape")
     check_vector("bias", bias, shape, "of same shape as normalized_shape")
-    along = None if residual is None else _rows(residual, shape)
-    y, _ = normalize_sets(_rows(x, shape), weight, bias, along, None, eps, act, centred)
-    return y.reshape(x.shape)
+    # Counted, not -1: an empty tensor's rows could not be told.
+    view = (prod(x.shape[: x.dim() - len(shape)]), 1, prod(shape), 1)
+    y, _ = normalize_sets(x, view, weight, bias, residual, None, eps, act, centred)
+    return y
 
 
 def layer_norm(
@@ -105,8 +101,9 @@ def rms_norm(
 
     Example:
         >>> import torch, normwise as nw
-        >>> nw.functional.rms_norm(torch.tensor([[3.0, 4.0]]), 2) * 12.5**0.5
-        tensor([[3.0000, 4.0000]])
+        >>> y = nw.functional.rms_norm(torch.tensor([[3.0, 4.0]]), 2)
+        >>> round(y.square().mean().item(), 5)
+        1.0
     """
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps

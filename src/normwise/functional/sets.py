@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from normwise import ops
 from normwise.activations import parse
 from normwise.functional import borrowed
+from normwise.functional.autograd import transformed
 from normwise.moments import Moments, accumulation_dtype
 
 __all__ = ["normalize_sets"]
@@ -36,6 +36,8 @@ __all__ = ["normalize_sets"]
 _LONG_RUN = 16
 
 _HALF = (torch.bfloat16, torch.float16)
+
+View = tuple[int, int, int, int]
 
 
 def plain(
@@ -266,8 +268,15 @@ def _backward(
     return dx, dresidual, dweight, dbias
 
 
+def _viewed(t: Tensor | None, view: tuple[int, ...]) -> Tensor | None:
+    return None if t is None else t.reshape(view)
+
+
 class _SetNorm(torch.autograd.Function):
-    """(y, packed moments); the moments are results only, no gradient flows through them."""
+    """y, and the packed moments where they are asked for; no gradient flows through these.
+
+    Views are taken inside: outside each would be a node of its own.
+    """
 
     @staticmethod
     def forward(
@@ -276,35 +285,46 @@ class _SetNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
+        view: View,
         eps: float,
         activation: str,
         centred: bool,
-    ) -> tuple[Tensor, Tensor]:
-        y, *statistics = _choose(x, weight, bias, residual, eps, activation, centred)
+        moments_too: bool,
+    ) -> Any:
+        y, *statistics = _choose(
+            x.reshape(view).contiguous(), weight, bias, _viewed(residual, view), eps, activation,
+            centred,
+        )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, residual, *statistics)
-        ctx.options = (eps, activation, centred)
+        ctx.options = (view, eps, activation, centred)
+        y = y.reshape(x.shape)
+        if not moments_too:
+            return y
         ctx.mark_non_differentiable(statistics[0])
         return y, statistics[0]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, residual, *statistics = ctx.saved_tensors
-        eps, activation, centred = ctx.options
+        view, *rest = ctx.options
         wanted = ctx.needs_input_grad[:4]
         dx: Tensor | None
         dresidual: Tensor | None = None
         if torch.is_grad_enabled():
             inputs = (x, weight, bias, residual)
-            gradients = _differentiable_backward(dy, inputs, wanted, ctx.options)
-            return (*gradients, None, None, None)
+            gradients = _differentiable_backward(dy, inputs, wanted, *ctx.options)
+            return (*gradients, None, None, None, None, None)
+        dy, values = dy.reshape(view), x.reshape(view).contiguous()
         if len(statistics) == 2:
             dx, dweight, dbias = borrowed.backward(
-                dy, x, statistics[0], statistics[1], weight, bias, wanted[:3]
+                dy, values, statistics[0], statistics[1], weight, bias, wanted[:3]
             )
         else:
+            eps, activation, centred = rest
             dx, dresidual, dweight, dbias = _backward(
-                dy, x, statistics[0], weight, bias, residual, eps, activation, wanted[3], centred
-            )
+                dy, values, statistics[0], weight, bias, _viewed(residual, view), eps, activation,
+                wanted[3], centred,
+            )  # fmt: skip
         return (
             dx.reshape(x.shape).to(x.dtype) if wanted[0] and dx is not None else None,
             dweight if wanted[1] else None,
@@ -312,7 +332,7 @@ class _SetNorm(torch.autograd.Function):
             dresidual.reshape(x.shape).to(residual.dtype)
             if wanted[3] and dresidual is not None
             else None,
-            None, None, None,
+            None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -348,30 +368,27 @@ def _differentiable_backward(
     dy: Tensor,
     inputs: tuple[Tensor | None, ...],
     wanted: tuple[bool, ...],
-    options: tuple[float, str, bool],
+    view: View,
+    eps: float,
+    activation: str,
+    centred: bool,
 ) -> list[Tensor | None]:
     """create_graph=True: the gradient of `plain`, which has derivatives of its own."""
     # Fresh nodes: where one input was made from another, each gradient is that of its own place.
     fresh = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, bias, residual = fresh
     assert x is not None
-    y, _ = plain(x, weight, bias, residual, None, *options)
-    asked = [t for t, want in zip(fresh, wanted, strict=True) if want and t is not None]
-    found = iter(torch.autograd.grad(y, asked, dy, create_graph=True))
-    return [next(found) if want else None for want in wanted]
-
-
-def transformed() -> bool:
-    """Under torch.func, forward-mode AD or torch.jit.trace, where plain operations must serve."""
-    return (
-        torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
+    y, _ = plain(
+        x.reshape(view), weight, bias, _viewed(residual, view), None, eps, activation, centred
     )
+    asked = [t for t, want in zip(fresh, wanted, strict=True) if want and t is not None]
+    found = iter(torch.autograd.grad(y, asked, dy.reshape(view), create_graph=True))
+    return [next(found) if want else None for want in wanted]
 
 
 def normalize_sets(
     x: Tensor,
+    view: View,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
@@ -379,29 +396,41 @@ def normalize_sets(
     eps: float,
     activation: str,
     centred: bool = True,
-) -> tuple[Tensor, Tensor]:
-    """(y, packed moments): each set of ``x`` (N, G, P, L) by its own mean and biased variance.
+    moments_too: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(y, packed moments): each set of ``x`` by its own mean and biased variance.
 
     Args:
-        x: values, ``residual`` of the same shape; ``mask`` boolean, of a shape that broadcasts.
+        x: values, ``residual`` of the same shape; y is of this shape and contiguous.
+        view: (N, G, P, L), see above.
+        mask: boolean, broadcasts against the view.
         weight, bias: ``G * P`` values in any shape.
         centred: False divides by the root mean square and subtracts nothing.
-
-    The moments, rows count, mean and m2 of ``N * G`` columns, carry no gradient; where a weight
-    does not serve its whole set (P > 1) they are not to be read.
+        moments_too: ask for the moments, rows count, mean and m2 of ``N * G`` columns, which carry
+            no gradient. Only where P is 1: a weight serves its whole set.
     """
     compiling = torch.compiler.is_compiling()
     if mask is not None or (not compiling and transformed()):
-        y, moments = plain(x, weight, bias, residual, mask, eps, activation, centred)
-        return y, moments.detach()
-    x = x.contiguous()
+        y, moments = plain(
+            x.reshape(view), weight, bias, _viewed(residual, view), mask, eps, activation, centred
+        )
+        return y.reshape(x.shape), moments.detach()
     weight = weight if weight is None or weight.dim() == 1 else weight.reshape(-1)
     bias = bias if bias is None or bias.dim() == 1 else bias.reshape(-1)
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias, residual)
+    if torch.is_grad_enabled() and (
+        x.requires_grad
+        or (weight is not None and weight.requires_grad)
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
     ):
         apply: Any = _SetNorm.apply if compiling else _apply
-        y, moments = apply(x, weight, bias, residual, eps, activation, centred)
-        return y, moments
-    y, moments, *_ = _choose(x, weight, bias, residual, eps, activation, centred)
-    return y, moments
+        result = apply(x, weight, bias, residual, view, eps, activation, centred, moments_too)
+        if moments_too:
+            y, moments = result
+            return y, moments
+        return result, None
+    y, moments, *_ = _choose(
+        x.reshape(view).contiguous(), weight, bias, _viewed(residual, view), eps, activation,
+        centred,
+    )  # fmt: skip
+    return y.reshape(x.shape), moments

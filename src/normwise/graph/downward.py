@@ -36,6 +36,10 @@ def _along(scale: Tensor, shift: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     return alpha, beta
 
 
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(20150211)
+
+
 class Downward:
     """One norm on its way down."""
 
@@ -62,7 +66,7 @@ class Downward:
         changed = {s.y for s in norm.sites} | {v for n in region for v in n.outputs}
         self.state.check_place("down", norm, takers, region, changed)
         self._commit(region, ends, a, b)
-        return self.state.gone("down", takers)
+        return self.state.gone("down", takers, region)
 
     def _downstream(self) -> tuple[list[Node], list[tuple[AnyTaker, Value]]]:
         """The calls that the norm's output goes through, and who takes it at the ends."""
@@ -124,11 +128,18 @@ class Downward:
         b: Tensor,
     ) -> None:
         state, channels = self.state, len(a)
-        seeds = [
-            {s.y: spread(vector, s.y.shape, s.axis) for s in self.norm.sites}
+        r, s, plain, nothing = (
+            {site.y: spread(vector, site.y.shape, site.axis) for site in self.norm.sites}
             for vector in (*labels(channels), b, torch.zeros_like(b))
-        ]
-        at_r, at_s, at_b, at_0 = (propagate(region, seed, state.run) for seed in seeds)
+        )
+        if all(rules.kind(n) == "linear" for n in region):
+            # Other sizes at other positions, so that x - x.flip(3) does not seem to reach nobody.
+            for value in r:
+                sizes = 1 + torch.rand(value.shape, dtype=torch.float64, generator=_generator())
+                r[value], s[value] = r[value] * sizes, s[value] * sizes
+        at_r, at_s, at_b, at_0 = (
+            propagate(region, seeds, state.run) for seeds in (r, s, plain, nothing)
+        )
         foreign = self._foreign(region)
         weights, affine = state.weights.copy(), dict(state.affine)
         nodes = [taker.node for taker, _ in ends]
@@ -154,7 +165,7 @@ class Downward:
         """Where what does not come from the norm arrives."""
         inner = {v for n in region for v in n.outputs} | {s.y for s in self.norm.sites}
         seeds = {
-            v: 1 + torch.rand(v.shape, dtype=torch.float64, generator=torch.Generator())
+            v: 1 + torch.rand(v.shape, dtype=torch.float64, generator=_generator())
             for n in region
             for v in n.inputs
             if v not in inner and v.dtype.is_floating_point

@@ -158,7 +158,9 @@ def apply(edits: Edits, model: nn.Module) -> nn.Module:
     """Make the changes to ``model``, each number rounded once to its parameter's dtype."""
     for name, value in edits.parameters.items():
         module, last = _named(model, name)
-        getattr(module, last).copy_(value)
+        t = getattr(module, last)
+        # In memory of its own: in place, what another parameter views may not change with it.
+        t.data = torch.empty_like(t).copy_(value)
     for path, value in edits.biases.items():
         module = model.get_submodule(path)
         weight = next(module.parameters())

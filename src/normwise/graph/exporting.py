@@ -19,6 +19,7 @@ from normwise.errors import InputError, message
 from normwise.files import write_atomically
 from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
 from normwise.graph.saving import package
+from normwise.graph.verify import distance
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -89,20 +90,6 @@ def _has_batch(model: nn.Module, call: Call) -> bool:
     return all(r == rows[0] for r in rows) and all(first for first, _ in rows[0])
 
 
-def _distance(got: list[Tensor], wanted: list[Tensor]) -> float:
-    """The largest difference, relative to the largest value of its tensor; inf for other shapes."""
-    if len(got) != len(wanted):
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(got, wanted, strict=True):
-        if a.shape != b.shape:
-            return float("inf")
-        if b.numel() and not torch.equal(a, b):
-            gap = (a.double() - b.double()).abs().max() / b.double().abs().max().clamp_min(1e-30)
-            worst = max(worst, float(gap) if bool(torch.isfinite(gap)) else float("inf"))
-    return worst
-
-
 def _tolerance(outputs: list[Tensor]) -> float:
     eps = [torch.finfo(t.dtype).eps for t in outputs if t.is_floating_point()]
     return max([TOLERANCE, *(16 * e for e in eps)])
@@ -113,7 +100,7 @@ def _check(runner: Any, model: nn.Module, calls: list[Call], what: str) -> float
     worst = 0.0
     for call in calls:
         wanted = _outputs(model, call)
-        gap, allowed = _distance(_outputs(runner, call), wanted), _tolerance(wanted)
+        gap, allowed = distance(_outputs(runner, call), wanted), _tolerance(wanted)
         if gap > allowed:
             raise InputError(
                 message(

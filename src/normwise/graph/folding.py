@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.errors import InputError, message
 from normwise.graph import measure, verify
 from normwise.graph.edits import Edits, apply, edits_of
-from normwise.graph.norms import Norm
+from normwise.graph.norms import Norm, is_norm
 from normwise.graph.plan import Plan, make_plan
 from normwise.graph.record import record
 from normwise.graph.report import FoldReport
@@ -127,8 +126,9 @@ class _Folder:
         return make_plan(self.traced, self.trace, self.forbidden | dict.fromkeys(without, ""))
 
     def watches(self, plan: Plan) -> list[verify.Watch]:
-        """Where each fold shows: at the norm's own output; for a norm that went down at the output
-        of who took it, or, if that took up another norm too, where that one shows."""
+        """Where each fold shows: at the norm's own output, unless a later norm went up through it
+        or into it; for a norm that went down at the output of who took it. Where those took up
+        another norm too: where that one shows."""
         by_name = {n.name: n for n in plan.norms}
         above = {
             path: n
@@ -137,8 +137,17 @@ class _Folder:
             for path in plan.fates[n].into
         }
 
+        later = {
+            name: n
+            for n in plan.norms
+            if plan.fates[n].direction == "up"
+            for name in (*plan.fates[n].through, *plan.fates[n].into)
+        }
+
         def shows(norm: Norm) -> list[str]:
             fate = plan.fates[norm]
+            if norm.name in later:
+                return shows(later[norm.name])
             if fate.direction != "down":
                 return [] if norm.module is None else [norm.name]
             paths = []
@@ -212,7 +221,7 @@ def _entries(model: nn.Module, plan: Plan, verdict: verify.Verdict) -> list[Entr
     for path, module in model.named_modules():
         if path in seen:
             continue
-        if isinstance(module, _BatchNorm):
+        if is_norm(module):
             entries.append(Entry(path, "left", reason="not-reached"))
         elif "BatchNorm" in str(getattr(module, "original_name", "")):
             entries.append(Entry(path, "left", reason="scripted"))

@@ -11,11 +11,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.graph.record import ModuleCall, Node, Trace, Value
+from normwise.nn import FrozenBatchNorm
 from normwise.nn.batchnorm import _FusedBatchNorm
 
-__all__ = ["Norm", "Site", "find_norms", "replaceable"]
+__all__ = ["Norm", "Site", "find_norms", "is_norm", "replaceable"]
 
-_KNOWN_FORWARDS = {_BatchNorm.forward, nn.SyncBatchNorm.forward, _FusedBatchNorm.forward}
+_KNOWN_FORWARDS = {
+    _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    _FusedBatchNorm.forward,
+    FrozenBatchNorm.forward,
+}
 
 
 @dataclass(eq=False)
@@ -123,7 +129,7 @@ def site_of(node: Node) -> Site | None:
 
 
 def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, _BatchNorm)
+    return isinstance(module, (_BatchNorm, FrozenBatchNorm))
 
 
 def _has_known_forward(module: nn.Module) -> bool:

@@ -55,6 +55,9 @@ class Value:
     readers: list[Node] = field(default_factory=list)
     kept: bool = False
     """Somebody holds it after the run: it is an output, or was stored."""
+    constant: Tensor | None = None
+    """Integers that are the same for all inputs of this shape: ``arange(4)``, a buffer, what is
+    computed from such."""
 
 
 @dataclass(eq=False)
@@ -72,8 +75,11 @@ class Node:
 
     @property
     def inputs(self) -> list[Value]:
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+        """The tensors whose numbers it reads."""
+        if self.name in _MADE_LIKE:
+            return []
+        read: Any = self.args[:1] if self.name in _SHAPED_AS else (self.args, self.kwargs)
+        return [leaf for leaf in tree_leaves(read) if isinstance(leaf, Value)]
 
 
 @dataclass(eq=False)
@@ -122,6 +128,11 @@ _METADATA = frozenset(
         "_is_view", "broadcast_tensors_meta", "dim_order", "is_distributed", "__delete__",
     }
 )  # fmt: skip
+# Calls that take the shape or the dtype of their second operand, or of their only one, no numbers.
+_SHAPED_AS = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
+_MADE_LIKE = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty"}
+)
 # Calls whose result's shape depends on values: code that asks for the shape asks for them.
 _SHAPED_BY_VALUES = frozenset(
     {
@@ -129,6 +140,9 @@ _SHAPED_BY_VALUES = frozenset(
         "combinations",
     }
 )  # fmt: skip
+
+
+_RANDOM = ("rand", "normal", "bernoulli", "multinomial", "poisson", "empty")
 
 
 def _name(func: Callable[..., Any]) -> str:
@@ -173,9 +187,11 @@ class _Recorder:
         # The weak references keep addresses, not memory: no other storage takes their place.
         self.storages: dict[int, StorageWeakRef] = {}
         self.own: dict[int, Tensor] = {}
+        self.parameters: list[Value] = []
         for t in (*model.parameters(), *model.buffers()):
             self.own[id(t)] = t
-            self.define(t, "parameter", tensor=t)
+            fixed = None if t.is_floating_point() or t.is_complex() else t
+            self.parameters.append(self.define(t, "parameter", tensor=t, constant=fixed))
 
     def define(self, t: Tensor, origin: str, **kwargs: Any) -> Value:
         storage = _storage(t)
@@ -220,7 +236,10 @@ class _Recorder:
                     made.append(t)
         if not made and (not given or name in _METADATA or name.startswith("get:")):
             return result
+        read = set(node.inputs)
         for t, value, _ in before:
+            if value not in read:
+                continue
             value.readers.append(node)
             if id(t) in self.own:
                 self.uses.setdefault(id(t), []).append(node)
@@ -230,10 +249,16 @@ class _Recorder:
         if not made:
             return result
         self.written |= node.writes
+        constant = not name.startswith(_RANDOM) and all(
+            v.constant is not None for _, v, _ in before
+        )
         for slot, t in enumerate(made):
             # Also where a call hands its argument through (dropout in eval, x.contiguous()): from
             # here on the tensor is known as this call's result.
-            node.outputs.append(self.define(t, "call", maker=node, slot=slot))
+            value = self.define(t, "call", maker=node, slot=slot)
+            if constant and not t.is_floating_point() and not t.is_complex():
+                value.constant = t.detach().clone()
+            node.outputs.append(value)
         self.nodes.append(node)
         return result
 
@@ -260,7 +285,19 @@ class _Recorder:
         for reference, value, _ in self.known.values():
             if value.origin in ("call", "unknown") and reference() is not None:
                 value.kept = True
+        self.check_constants()
         return Trace(self.nodes, self.calls, self.uses, self.written)
+
+    def check_constants(self) -> None:
+        """What is computed from a buffer that the run wrote to or replaced is not constant."""
+        held = {id(t) for t in self.stack[0].module.buffers()}
+        for value in self.parameters:
+            if value.storage in self.written or id(value.tensor) not in held:
+                value.constant = None
+        for node in self.nodes:
+            if any(v.constant is None for v in node.inputs):
+                for v in node.outputs:
+                    v.constant = None
 
 
 class _Functions(TorchFunctionMode):

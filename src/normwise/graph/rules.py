@@ -109,7 +109,7 @@ def kind(node: Node) -> Kind | None:
     if name in _MOVES:
         # An index that was computed may be another one on other inputs.
         indices = (v for v in node.inputs if not v.dtype.is_floating_point)
-        return "linear" if all(v.tensor is not None for v in indices) else None
+        return "linear" if all(v.constant is not None for v in indices) else None
     if name in _AVERAGES:
         return "linear" if node.kwargs.get("dtype") is None else None
     if name in _POOLS:
@@ -140,8 +140,8 @@ def run(node: Node, values: dict[Value, Tensor]) -> list[Tensor] | None:
         if v in values:
             t = values[v]
             return t.clone() if node.writes else t
-        if not v.dtype.is_floating_point and v.tensor is not None:
-            return v.tensor.cpu()
+        if v.constant is not None:
+            return v.constant.cpu()
         return torch.zeros(v.shape, dtype=torch.float64)
 
     if node.name in _CASTS or node.name in _RELUS or node.name in _DROPOUTS:

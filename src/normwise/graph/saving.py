@@ -29,14 +29,14 @@ import torch
 from torch import Tensor, nn
 
 from normwise.activations import parse
-from normwise.errors import InputError, NormwiseError, message
+from normwise.errors import InputError, MissingDependencyError, NormwiseError, message
 from normwise.files import write_atomically
 from normwise.graph.edits import Edits, NormEdit, apply
 from normwise.graph.modules import BORDERED
 from normwise.graph.norms import is_norm
 from normwise.graph.run import copy_of
 
-__all__ = ["MissingPackageError", "load_folded", "package", "save_folded"]
+__all__ = ["load_folded", "package", "save_folded"]
 
 KEY, VERSION = "normwise.fold", 1
 # The header may be this long for a model of n modules and tensors. Measured: 130 to 190 bytes a
@@ -54,16 +54,12 @@ KINDS = ("identity", "tail", "affine")
 M = TypeVar("M", bound=nn.Module)
 
 
-class MissingPackageError(NormwiseError, ImportError):
-    """A package of the ``export`` extra that cannot be imported."""
-
-
 def package(name: str) -> Any:
     """The module ``name`` of the ``export`` extra."""
     try:
         return import_module(name)
     except ImportError as error:
-        raise MissingPackageError(
+        raise MissingDependencyError(
             message(
                 f"saving in this format needs {name.partition('.')[0]}",
                 f"a Python that cannot import it ({error})",
@@ -108,7 +104,7 @@ def save_folded(model: nn.Module, structure: dict[str, Any], path: str | os.Path
     """Write ``model``, which :func:`normwise.fold` gave the changes ``structure``, to one file.
 
     Raises:
-        MissingPackageError: without safetensors.
+        MissingDependencyError: without safetensors.
         InputError: if the model's state is not all dense tensors.
         OutputError: if the file cannot be written; what was there stays.
     """
@@ -299,7 +295,7 @@ def load_folded(model: M, path: str | os.PathLike[str]) -> M:
     Raises:
         InputError: if the file is truncated, is none of :meth:`FoldResult.save`, or belongs to
             another model; also if ``model`` is on the meta device.
-        MissingPackageError: without safetensors.
+        MissingDependencyError: without safetensors.
 
     Example:
         >>> import torch, normwise as nw

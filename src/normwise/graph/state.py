@@ -27,6 +27,8 @@ class Fate:
     into: tuple[str, ...] = ()
     reason: str | None = None
     detail: str = ""
+    through: tuple[str, ...] = ()
+    """Norms that went up before, and that it passed on its way up."""
 
 
 @dataclass(eq=False)
@@ -123,6 +125,8 @@ class State:
         sites = norm.sites
         if norm.module is not None and has_hooks(norm.module):
             raise Refusal("hook", "on the norm itself")
+        if getattr(norm.module, "domains", None) is not None:
+            raise Refusal("custom-forward", "it keeps running statistics of several domains")
         if any(s.training for s in sites):
             module = norm.module
             kept = module is None or getattr(module, "running_mean", None) is not None
@@ -199,8 +203,8 @@ class State:
         self.around.check_static(nodes, owners)
         self.check_memory(norm)
 
-    def gone(self, direction: str, takers: Sequence[AnyTaker]) -> Fate:
-        """The fate of a norm that ``takers`` took up."""
+    def gone(self, direction: str, takers: Sequence[AnyTaker], region: Sequence[Node]) -> Fate:
+        """The fate of a norm that ``takers`` took up, at the ends of ``region``."""
         into = []
         for taker in takers:
             if isinstance(taker, NormTaker):
@@ -208,4 +212,6 @@ class State:
             else:
                 into.append(self.around.path_of(taker.owner(direction)))
         merged = all(isinstance(t, NormTaker) for t in takers)
-        return Fate("merged" if merged else "folded", direction, tuple(dict.fromkeys(into)))
+        action = "merged" if merged else "folded"
+        through = tuple(self.site_of[n][0].name for n in region if n in self.site_of)
+        return Fate(action, direction, tuple(dict.fromkeys(into)), through=through)

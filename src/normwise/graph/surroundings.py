@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from normwise.graph.code import may_reach_into
 from normwise.graph.reasons import Refusal
 from normwise.graph.record import Node, Trace, Value, enclosing
 
@@ -80,6 +81,10 @@ class Surroundings:
         if all(not call.dynamic for call in scope.chain()):
             return
         # On another way the code around may call these modules by itself, if it can name them.
+        for call in scope.chain():
+            if call is not scope and call.dynamic and may_reach_into(call.module, scope.module):
+                raise Refusal("dynamic", f"{self.path_of(call.module) or 'the model'} may use "
+                              f"a part of {self.path_of(scope.module)} by itself")  # fmt: skip
         inner = set(scope.module.modules())
         for module in self.model.modules():
             if module not in inner:

@@ -84,7 +84,7 @@ class Upward:
         changed = {t.y for t in takers} | {v for n in region for v in n.outputs}
         self.state.check_place("up", self.norm, takers, region, changed)
         self._commit(takers, scales, shifts)
-        return self.state.gone("up", takers)
+        return self.state.gone("up", takers, region)
 
     def _upstream(self) -> tuple[list[Node], list[AnyTaker]]:
         """The calls that what reaches the norm comes through, back to those that can take it."""

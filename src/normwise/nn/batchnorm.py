@@ -158,10 +158,6 @@ class _FusedBatchNorm(Switches, _BatchNorm):
         except NonFiniteError as error:
             raise NonFiniteError(f"{describe(self)}: {error}") from None
 
-    def _merged_over_ranks(self, moments: Tensor) -> Tensor:
-        """This batch's moments, (3, C); a synchronised layer merges the other ranks'."""
-        return moments
-
     def extra_repr(self) -> str:
         base: Any = super()
         text: str = base.extra_repr()

@@ -103,7 +103,7 @@ class FrozenBatchNorm(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
         state_dict.pop(f"{prefix}num_batches_tracked", None)
-        version = local_metadata.get("version", None)
+        version = local_metadata.get("version")
         caffe2 = f"{prefix}weight" in state_dict and (version is None or version < 2)
         if caffe2 and f"{prefix}running_mean" not in state_dict:
             state_dict[f"{prefix}running_mean"] = torch.zeros_like(self.running_mean)

@@ -54,11 +54,20 @@ class Switches(_Base):
     _normalize_with: str | None = None
     _update_stats: bool | None = None
     _switched: bool = False
+    # Of the layers that have the switches.
+    activation: str | None
+    channel_dim: int
+    nonfinite: str
+    _batch_norm: Any
+
+    def _merged_over_ranks(self, moments: Tensor) -> Tensor:
+        """This batch's moments, (3, C); a synchronised layer merges the other ranks'."""
+        return moments
 
     @property
     def domains(self) -> nn.ModuleDict | None:
         """The named sets of running statistics, None without any."""
-        found: Any = self._modules.get("domains")
+        found: nn.ModuleDict | None = self._modules.get("domains")  # type: ignore[assignment]
         return found
 
     @property
@@ -88,7 +97,8 @@ class Switches(_Base):
                 )
             )
         self.__dict__[f"_{name}"] = value
-        self.__dict__["_switched"] = not (self._normalize_with is self._update_stats is None)
+        unset = self._normalize_with is None and self._update_stats is None
+        self.__dict__["_switched"] = not unset
 
     def add_domains(self, *names: str) -> None:
         """Give the layer further running statistics, used inside ``with nw.domain(name):``.
@@ -144,12 +154,14 @@ class Switches(_Base):
 
     def _by_switches(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The forward where a switch or a context has a say."""
-        now = modes.current()
+        now = modes.current() if modes.ACTIVE else modes.DEFAULT
         by_batch = (
             self.training if self._normalize_with is None else self._normalize_with == "batch"
         )
         moves = self.training if self._update_stats is None else self._update_stats
         mean, var, tracked = self._statistics(now.domain)
+        if now.recorder is not None:
+            mean, var, tracked = now.recorder((mean, var, tracked))
         if not by_batch and mean is None and var is None and self._normalize_with is None:
             by_batch = True  # as in torch.nn: without buffers the batch normalizes in eval too
         tracking = self.track_running_stats and mean is not None and var is not None
@@ -163,17 +175,18 @@ class Switches(_Base):
             "channel_dim": self.channel_dim,
             "nonfinite": self.nonfinite,
         }
-        affine = (self.weight, self.bias)
+        affine: tuple[Any, Any] = (self.weight, self.bias)
         if by_batch and moves and now.accumulator is None:
-            return self._batch_norm(
+            y: Tensor = self._batch_norm(
                 input, mean, var, *affine, True, momentum, self.eps, **call,
                 num_batches_tracked=tracked, nonfinite_batches=counter,
             )  # fmt: skip
+            return y
         # Copies take what shall not move, or not now: autograd may keep the values that normalized.
         if by_batch:
-            kept = (mean.clone(), var.clone()) if tracking else (None, None)
+            kept: tuple[Any, Any] = (mean.clone(), var.clone()) if tracking else (None, None)
             count = tracked.clone() if tracking and tracked is not None else None
-            y: Tensor = self._batch_norm(
+            y = self._batch_norm(
                 input, *kept, *affine, True, momentum, self.eps, **call, num_batches_tracked=count
             )
         else:

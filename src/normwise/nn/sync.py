@@ -129,7 +129,7 @@ class SyncBatchNorm(_FusedBatchNorm):
         return _converted(module, process_group, cls, {})
 
 
-_OPTIONS = {"activation": None, "channel_dim": 1, "nonfinite": "propagate"}
+_OPTIONS: dict[str, Any] = {"activation": None, "channel_dim": 1, "nonfinite": "propagate"}
 
 
 def _converted(
@@ -150,10 +150,11 @@ def _converted(
 def _of(module: _BatchNorm, group: Any, cls: type[SyncBatchNorm]) -> SyncBatchNorm:
     """A synchronised layer that shares the parameters and buffers of ``module``."""
     known: Any = module
+    options: Any = {name: getattr(known, name, default) for name, default in _OPTIONS.items()}
     twin = cls(
         known.num_features, known.eps, known.momentum, known.affine, known.track_running_stats,
         group, "meta", bias=known.bias is not None,
-        **{name: getattr(known, name, default) for name, default in _OPTIONS.items()},
+        **options,
         normalize_with=getattr(known, "normalize_with", None),
         update_stats=getattr(known, "update_stats", None),
     )  # fmt: skip

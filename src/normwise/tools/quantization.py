@@ -164,8 +164,7 @@ def _calibrate(model: nn.Module, call: Call, layers: dict[str, nn.Module]) -> di
     ranges = {name: Range() for name in layers}
 
     def see(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        for x in (*args, *kwargs.values())[:1]:
-            ranges[name].see(x)
+        ranges[name].see(args[0] if args else kwargs["input"])
 
     _with_hooks(model, call, layers, see)
     return ranges
@@ -224,8 +223,9 @@ def decibels(signal: Tensor, noise: Tensor) -> Tensor:
 
 
 def _channel_axis(module: nn.Module, output: Tensor) -> int:
-    weight: Any = module.weight
-    return output.dim() - 1 - (weight.dim() - 2)
+    weight = module._parameters["weight"]
+    assert weight is not None
+    return output.dim() + 1 - weight.dim()
 
 
 def _layer_snr(
@@ -262,8 +262,9 @@ def _factors(module: nn.Module, before: Tensor) -> tuple[Tensor, Tensor]:
     old, new = (blocks(t.detach().double(), *shape).norm(dim=3) for t in (before, w))
     ratio = (new / old).log()  # (groups, outputs, inputs)
     ratio = torch.where(torch.isfinite(ratio), ratio, torch.nan)
-    outputs = ratio.nanmean(2, keepdim=True)
-    inputs = (ratio - outputs).nanmean(1)
+    # Medians: one far channel must not move what is said of the others.
+    outputs = ratio.nanmedian(2, keepdim=True).values
+    inputs = (ratio - outputs).nanmedian(1).values
     return outputs.flatten().exp(), inputs.flatten().exp()
 
 
