@@ -109,3 +109,24 @@ def test_a_dense_block_is_planned_in_a_moment(monkeypatch: pytest.MonkeyPatch) -
     model, inputs = made(network)
     report = nw.fold(model, tuple(inputs), seconds=0).report
     assert asked["reach"] <= 4 * len(report)
+
+
+class Rows(nn.Module):
+    """LeViT's linear layer (Graham et al. 2021): rows are normalized, the shape is given back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bn = nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        zero = torch.zeros_like(y)
+        return self.bn(y.flatten(0, 1)).reshape_as(y) + zero
+
+
+def test_who_asks_for_a_shape_reads_no_numbers() -> None:
+    model, x = randomise(Rows()), torch.randn(2, 5, 6)
+    folded, report = nw.fold(model, x, seconds=0)
+    assert (report["bn"].action, report["bn"].into) == ("folded", "linear")
+    with torch.no_grad():
+        assert off(folded(x), model(x)) <= 1e-5
