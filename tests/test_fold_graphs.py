@@ -166,3 +166,19 @@ def test_fold_does_not_move_random_numbers_of_cuda() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).eval()
     nw.fold(net, torch.randn(1, 3, 4, 4), seconds=0)
     assert len(_queued_calls) == before
+
+
+class _Standardized(nn.Conv2d):
+    """Weight standardization as BiT writes it: a batch norm of the weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = torch.nn.functional.batch_norm(
+            self.weight.reshape(1, self.out_channels, -1), None, None, training=True
+        ).reshape_as(self.weight)
+        return self._conv_forward(input, weight, self.bias)
+
+
+def test_a_batch_norm_of_weights_is_no_norm_of_the_model() -> None:
+    model = nn.Sequential(_Standardized(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    _, report = fold(model, torch.randn(2, 3, 6, 6), seconds=0)
+    assert [(e.name, e.reason) for e in report] == [("1", "parametrized")]

@@ -167,14 +167,22 @@ def _chain(trace: Trace, norm: Norm) -> tuple[nn.Module, ...] | None:
     return chains[0] if alike and own.issuperset(chains[0]) else None
 
 
+def _of_parameters(value: Value) -> bool:
+    """``value`` follows from parameters alone."""
+    if value.maker is None:
+        return value.origin == "parameter"
+    made_from = value.maker.inputs
+    return bool(made_from) and all(_of_parameters(v) for v in made_from)
+
+
 def find_norms(model: nn.Module, trace: Trace, path_of: Callable[[nn.Module], str]) -> list[Norm]:
     """The batch norms that ran, in the order of their first call."""
     norms: dict[Any, Norm] = {}
     taken: dict[str, int] = {}
     for node in trace.nodes:
         site = site_of(node)
-        if site is None:
-            continue
+        if site is None or _of_parameters(site.x):
+            continue  # weight standardization may be written as a batch norm of the weight
         call = next((c for c in node.inside.chain() if is_norm(c.module)), None)
         site.call = call
         module = None if call is None else call.module
