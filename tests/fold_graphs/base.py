@@ -30,8 +30,6 @@ class Graph:
     dtype: torch.dtype | None = None
     """Of the model, where the graph is only defined in it; None for float64 and float32."""
     tolerance: float | None = None
-    fixed: bool = False
-    """Its modes are set by ``make``."""
     prepare: Callable[[Any], Any] | None = None
     """Last of all, after the numbers are drawn."""
 

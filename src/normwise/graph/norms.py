@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.graph.record import ModuleCall, Node, Trace, Value
@@ -105,7 +106,8 @@ def _bound(node: Node, names: Sequence[str], defaults: dict[str, Any]) -> dict[s
 def site_of(node: Node) -> Site | None:
     """``node`` as a call of batch norm, or None."""
     name = node.name
-    if name == "batch_norm":
+    scripted = isinstance(node.func, (OpOverload, OpOverloadPacket))
+    if name == "batch_norm" or (name == "native_batch_norm" and not scripted):
         native = node.func is not torch.nn.functional.batch_norm
         a = _bound(
             node,
