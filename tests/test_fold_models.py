@@ -4,7 +4,9 @@ changes."""
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import normwise as nw
+from normwise.graph import REASONS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 families = pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.name)
@@ -130,3 +133,9 @@ def test_who_asks_for_a_shape_reads_no_numbers() -> None:
     assert (report["bn"].action, report["bn"].into) == ("folded", "linear")
     with torch.no_grad():
         assert off(folded(x), model(x)) <= 1e-5
+
+
+def test_the_page_has_all_reasons() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "fold.md").read_text()
+    rows = dict(re.findall(r"^\| `([a-z-]+)` \| (.+) \|$", page, re.MULTILINE))
+    assert rows == REASONS
