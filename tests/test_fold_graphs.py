@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from fold_graphs import GRAPHS, NORMS, Graph, randomise
+from fold_graphs.base import Net
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
@@ -172,3 +174,33 @@ def test_fold_does_not_move_random_numbers_of_cuda() -> None:
     net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).eval()
     nw.fold(net, torch.randn(1, 3, 4, 4), seconds=0)
     assert len(_queued_calls) == before
+
+
+class _Restless(nn.Module):
+    """Other numbers at each call, also in each copy."""
+
+    calls = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _Restless.calls += 1
+        y: Tensor = self.bn(self.c(x)) * _Restless.calls
+        return y
+
+
+def test_a_model_that_differs_from_itself_stays() -> None:
+    _, report = nw.fold(_Restless().eval(), torch.randn(2, 3, 6, 6), seconds=0)
+    assert [e.action for e in report.entries] == ["left"]
+    assert report.entries[0].reason == "differs"
+
+
+def test_pythons_random_numbers_are_the_same_in_each_run() -> None:
+    net = Net(lambda m, x: m.bn(m.c(x)) * random.random(), c=nn.Conv2d(3, 4, 3),
+              bn=nn.BatchNorm2d(4)).eval()  # fmt: skip
+    state = random.getstate()
+    _, report = nw.fold(net, torch.randn(2, 3, 6, 6), seconds=0)
+    assert report["bn"].action == "folded"
+    assert random.getstate() == state
