@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,11 +62,18 @@ def same_state(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("to", KEEPS_FUNCTION)
 def test_eval_is_the_same_function(to: str) -> None:
     net = learned(Net()).eval()
+    if to == "ghost":  # without statistics it normalizes by the batch in eval, and ghosts differ
+        net.untracked = nn.Identity()
     new, report = nw.convert(net, to, X, **OPTIONS.get(to, {}))
     assert report.facts["difference"] < 1e-5  # float32 rounding of two kernels
     left = {"untracked": "no-statistics"} if to == "renorm" else {}
     assert {e.name: e.reason for e in report if e.action == "left"} == left
     torch.testing.assert_close(new(X), net(X), rtol=1e-5, atol=1e-5)
+
+
+def test_ghosts_without_statistics_are_another_function() -> None:
+    _, report = nw.convert(learned(Net()).eval(), "ghost", X, ghost_size=2)
+    assert [e.name for e in report if not e.facts["preserved"]] == ["untracked"]
 
 
 def test_instance_norm_with_statistics_has_the_same_eval() -> None:
@@ -250,8 +259,14 @@ def test_inputs_that_the_model_rejects() -> None:
         nw.convert(Net(), "normwise", torch.randn(2, 5))
 
 
-def test_every_reason_has_words() -> None:
-    assert all(REASONS.values())
+def test_the_page_explains_every_reason_and_every_target() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "convert.md").read_text()
+    explained = set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE))
+    assert explained == set(REASONS)
+    assert all(f"`'{to}'`" in page for to in TARGETS)
+
+
+def test_the_targets_are_those_of_the_contract() -> None:
     assert set(TARGETS) == {
         "normwise", "torch", "sync", "frozen", "ghost", "renorm", "group", "instance"
     }  # fmt: skip

@@ -408,6 +408,18 @@ class Branches(nn.Module):
         return self.bn(self.conv(x)) if x.sum() > 0 else x
 
 
+def test_exports_leave_the_model_alone_and_are_of_eval_mode() -> None:
+    net = nn.Sequential(small(), nn.Dropout(), nn.BatchNorm2d(4), nn.Tanh())
+    result = folded(net)
+    x = torch.randn(2, 3, 9, 9)
+    wanted = result.model(x)
+    result.model.train()
+    before = {k: v.clone() for k, v in result.model.state_dict().items()}
+    torch.testing.assert_close(result.export().module()(x), wanted, rtol=1e-5, atol=1e-5)
+    assert result.model.training
+    assert all(torch.equal(v, before[k]) for k, v in result.model.state_dict().items())
+
+
 def test_what_cannot_be_exported_is_an_error() -> None:
     result = folded(Branches(), torch.ones(2, 3, 4, 4))
     with pytest.raises(InputError, match=r"torch\.export must be able to trace"):
@@ -456,6 +468,22 @@ def test_onnx_of_a_model_whose_batch_norm_stays(tmp_path: Path) -> None:
     result = folded(net)
     assert [e.reason for e in result.report] == ["hook"]
     assert result.to_onnx(tmp_path / "net.onnx").batch_norms == 1
+
+
+def test_a_norm_of_normwise_that_stays_is_exported_as_arithmetic(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nw.nn.BatchNorm2d(4, activation="silu"))
+    net[1].register_forward_hook(lambda module, args, output: None)
+    result = folded(net)
+    assert [e.reason for e in result.report] == ["hook"]
+    assert "normwise" not in str(result.export().graph)
+    assert result.to_onnx(tmp_path / "net.onnx").error is not None
+
+
+def test_onnx_that_the_runtime_does_not_take(tmp_path: Path) -> None:
+    result = folded(small().bfloat16(), torch.randn(2, 3, 4, 4, dtype=torch.bfloat16))
+    with pytest.raises(InputError, match="onnxruntime must be able to run"):
+        result.to_onnx(tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_without_a_runtime_says_that_nothing_was_verified(

@@ -192,7 +192,8 @@ def test_a_layer_called_twice_pools_its_calls(mode: str) -> None:
     assert report["bn"].facts["batches"] == 4
 
 
-def test_a_layer_that_feeds_itself_reaches_its_fixed_point() -> None:
+@pytest.mark.parametrize("poison", [False, True])
+def test_a_layer_that_feeds_itself_reaches_its_fixed_point(poison: bool) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -201,7 +202,10 @@ def test_a_layer_that_feeds_itself_reaches_its_fixed_point() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.bn(torch.tanh(self.bn(x)) + 0.1 * x)
 
-    model, report = nw.recalibrate(Recurrent().double(), split(ROWS, 10))
+    source = Recurrent().double()
+    if poison:
+        source.bn.running_var.fill_(float("nan"))
+    model, report = nw.recalibrate(source, split(ROWS, 10))
     assert report.facts["self_consistent"]
     y = (ROWS - model.bn.running_mean) / (model.bn.running_var + 1e-5).sqrt()
     seen = torch.cat([ROWS, torch.tanh(y) + 0.1 * ROWS])
@@ -294,6 +298,13 @@ def test_half_precision_buffers() -> None:
     model, report = nw.recalibrate(nn.BatchNorm1d(5).bfloat16(), ROWS.bfloat16())
     assert model.running_mean.dtype == torch.bfloat16
     assert report.facts["self_consistent"]
+
+
+def test_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        _, report = nw.recalibrate(chain(), split(IMAGES[:600].float(), 100))
+    assert report.facts["self_consistent"]
+    assert report["9"].facts["var_error"] < 0.03
 
 
 def test_norms_that_are_left_say_why() -> None:

@@ -46,13 +46,11 @@ class Functional(nn.Module):
         if self.how == "F in training":
             return F.batch_norm(x, mean.clone(), var.clone(), self.weight, self.bias, True)
         if self.how == "torch":
-            return torch.batch_norm(
-                x, self.weight, self.bias, mean, var, False, 0.1, 1e-5, False
-            )
+            return torch.batch_norm(x, self.weight, self.bias, mean, var, False, 0.1, 1e-5, False)
         if self.how == "torch native":
-            return torch.native_batch_norm(
-                x, self.weight, self.bias, mean, var, False, 0.1, 1e-5
-            )[0]
+            return torch.native_batch_norm(x, self.weight, self.bias, mean, var, False, 0.1, 1e-5)[
+                0
+            ]
         if self.how == "normwise":
             return nw.functional.batch_norm(x, mean, var, self.weight, self.bias)
         if self.how == "by hand":

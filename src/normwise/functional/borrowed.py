@@ -1,10 +1,11 @@
 """Torch's own kernels of layer and group norm, where the statistics they return vouch for them.
 
-On CPU they read a row once and know no Python: 2 to 6 times the speed of our operators' two passes
-(docs/norms.md). What they get wrong shows in the mean and 1 / std that they return, in float32:
+On CPU they read a row once and know no Python: on float32 tensors of 0.8 to 12 million values 1.3
+to 6 times the speed of our operators, which take two passes and more (two threads). What they get
+wrong shows in the mean and 1 / std that they return, in float32:
 
 - a mean far from 0 in units of std, which float32 rounds to 2^-24 of itself: mean 1e6 and std 1
-  come out off by 0.03;
+  come out off by up to 0.09 on 64 rows of 768;
 - constant rows, which come out at a rounding of the mean times 1 / sqrt(eps) instead of at beta;
 - values around 1e18 and beyond, whose squares overflow, and rows with inf or NaN.
 

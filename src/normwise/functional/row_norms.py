@@ -101,8 +101,9 @@ def rms_norm(
 
     Example:
         >>> import torch, normwise as nw
-        >>> nw.functional.rms_norm(torch.tensor([[3.0, 4.0]]), 2) * 12.5**0.5
-        tensor([[3.0000, 4.0000]])
+        >>> y = nw.functional.rms_norm(torch.tensor([[3.0, 4.0]]), 2)
+        >>> round(y.square().mean().item(), 5)
+        1.0
     """
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps

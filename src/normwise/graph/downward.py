@@ -16,10 +16,10 @@ from normwise.graph.labels import (
     reach,
     spread,
 )
-from normwise.graph.norms import Norm
+from normwise.graph.norms import Norm, replaceable
 from normwise.graph.reasons import Refusal
 from normwise.graph.record import Node, Value
-from normwise.graph.state import AnyTaker, Fate, NormTaker, State, replaceable
+from normwise.graph.state import AnyTaker, Fate, NormTaker, State
 
 __all__ = ["Downward"]
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from normwise.graph.modules import ChannelAffine, Tail, activation_module, bordered
-from normwise.graph.norms import Norm
+from normwise.graph.norms import Norm, replaceable
 from normwise.graph.plan import Plan
-from normwise.graph.state import replaceable
 
 __all__ = ["Edits", "NormEdit", "apply", "edits_of", "paths_of"]
 
@@ -33,6 +32,8 @@ class NormEdit:
     channel_dim: int = 1
     weight: Tensor | None = None
     bias: Tensor | None = None
+    chain: tuple[str, ...] = ()
+    """Modules inside the norm, by their names there, that its own forward called on the result."""
     neutral: dict[str, float] = field(default_factory=dict)
     """full name of a parameter or buffer -> the value that makes the norm change nothing."""
 
@@ -58,6 +59,7 @@ class Edits:
                     "kind": e.kind,
                     "activation": e.activation,
                     "channel_dim": e.channel_dim,
+                    "chain": list(e.chain),
                     "features": None if e.weight is None else e.weight.numel(),
                 }
                 for e in self.norms
@@ -82,10 +84,13 @@ def _norm_edit(norm: Norm, plan: Plan, places: dict[int, str]) -> NormEdit | Non
                 neutral[places[id(value.tensor)]] = number
         return NormEdit(norm.name, "neutral", neutral=neutral)
     with_residual = any(s.residual is not None for s in norm.sites)
+    names = {m: name for name, m in norm.module.named_modules()} if norm.module else {}
+    chain = tuple(names[m] for m in norm.chain or ())
     if fate.action == "multiply-add":
         a, b = plan.affine[norm]
-        return NormEdit(norm.name, "affine", norm.activation, site.channel_dim, a, b)
-    return NormEdit(norm.name, "tail" if with_residual else "identity", norm.activation)
+        return NormEdit(norm.name, "affine", norm.activation, site.channel_dim, a, b, chain)
+    kind = "tail" if with_residual else "identity"
+    return NormEdit(norm.name, kind, norm.activation, chain=chain)
 
 
 def edits_of(plan: Plan) -> Edits:
@@ -125,6 +130,11 @@ def _replace(model: nn.Module, path: str, new: nn.Module) -> nn.Module:
     for parent, name in paths_of(model, old):
         parent._modules[name] = new
     return new if path == "" else model
+
+
+def _in_turn(first: nn.Module, rest: list[nn.Module]) -> nn.Module:
+    modules = [*([] if type(first) is nn.Identity else [first]), *rest]
+    return first if not rest else modules[0] if len(modules) == 1 else nn.Sequential(*modules)
 
 
 def _like(value: Tensor, like: Tensor) -> Tensor:
@@ -178,7 +188,8 @@ def apply(edits: Edits, model: nn.Module) -> nn.Module:
             new = Tail(edit.activation)
         else:
             new = activation_module(edit.activation)
-        model = _replace(model, edit.path, new)
+        inner = [model.get_submodule(edit.path).get_submodule(name) for name in edit.chain]
+        model = _replace(model, edit.path, _in_turn(new, inner))
     for path, value in edits.borders.items():
         conv = model.get_submodule(path)
         border = _like(value, next(conv.parameters()))

@@ -20,6 +20,7 @@ from normwise.files import write_atomically
 from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
 from normwise.graph.saving import package
 from normwise.graph.verify import distance
+from normwise.ops import reference
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -132,16 +133,43 @@ def _export(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[Call]]:
     return export(model, call.args, call.kwargs), [call]
 
 
+def _without_own_operators(program: ExportedProgram) -> ExportedProgram:
+    """A norm of normwise that had to stay as plain arithmetic: what no other runtime knows is gone
+    (nor would ``torch.export.load`` know it in a process without normwise)."""
+    own = torch.ops.normwise
+    table = {
+        own.normalize.default: reference.normalize,
+        own.train_forward.default: reference.train_forward,
+    }
+    used = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    return program.run_decompositions(table) if used & table.keys() else program
+
+
+def _first_cause(error: BaseException) -> str:
+    """The exporters wrap what went wrong in advice on how to report it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].strip() if lines else ''}"
+
+
+def _own(model: nn.Module) -> nn.Module:
+    """A copy in eval mode: runs move statistics, traces leave caches behind. One norm in training
+    mode in a model in eval mode is meant so."""
+    copy = copy_of(model)
+    return copy.eval() if model.training else copy
+
+
 def _exported(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[Call]]:
-    own = copy_of(model)  # tracing leaves caches and fake tensors behind in some models
     try:
         with _quiet(), torch.no_grad():
-            return _export(own, call.copy())
+            program, calls = _export(_own(model), call.copy())
+            return _without_own_operators(program), calls
     except Exception as error:
         raise InputError(
             message(
                 "torch.export must be able to trace the model",
-                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
+                _first_cause(error),
                 "a forward without branches on values; result.save() keeps any model",
             )
         ) from error
@@ -150,7 +178,7 @@ def _exported(model: nn.Module, call: Call) -> tuple[ExportedProgram, list[Call]
 def export_program(model: nn.Module, call: Call) -> ExportedProgram:
     """``model`` on ``call`` as a program, verified."""
     program, calls = _exported(model, call)
-    _check(program.module(), model, calls, "the exported program")
+    _check(program.module(), _own(model), calls, "the exported program")
     return program
 
 
@@ -210,8 +238,8 @@ def to_onnx(
         raise InputError(
             message(
                 "torch.onnx must know every operation of the model, and the file stay below 2 GB",
-                f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}",
-                "a model whose batch norms are all folded (ONNX knows no operator of normwise)",
+                _first_cause(error),
+                "result.export() or result.save(), which know all that torch knows",
             )
         ) from error
     left = _batch_norms(proto)
@@ -225,6 +253,17 @@ def to_onnx(
         )
     gap = None
     if _installed("onnxruntime"):
-        gap = _check(_Session(data), model, calls, "the ONNX file under onnxruntime")
+        try:
+            gap = _check(_Session(data), _own(model), calls, "the ONNX file under onnxruntime")
+        except InputError:
+            raise
+        except Exception as error:  # its own classes, one for each code; TypeError of NumPy
+            raise InputError(
+                message(
+                    "onnxruntime must be able to run the file on the CPU",
+                    _first_cause(error),
+                    "a float32 copy of the model for the fold (it knows no bfloat16 convolution)",
+                )
+            ) from error
     write_atomically(path, lambda file: file.write(data))
     return OnnxFile(os.fspath(path), len(calls) > 1, left, gap)

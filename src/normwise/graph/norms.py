@@ -13,8 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.graph.record import ModuleCall, Node, Trace, Value
 from normwise.nn import FrozenBatchNorm
+from normwise.nn.batchnorm import _FusedBatchNorm
 
-__all__ = ["Norm", "Site", "find_norms", "is_norm"]
+__all__ = ["Norm", "Site", "find_norms", "is_norm", "replaceable"]
+
+_KNOWN_FORWARDS = {
+    _BatchNorm.forward,
+    nn.SyncBatchNorm.forward,
+    _FusedBatchNorm.forward,
+    FrozenBatchNorm.forward,
+}
 
 
 @dataclass(eq=False)
@@ -52,6 +60,9 @@ class Norm:
     name: str
     module: nn.Module | None
     sites: list[Site] = field(default_factory=list)
+    chain: tuple[nn.Module, ...] | None = ()
+    """The modules of its own that its forward calls on the result, one after the other (timm's
+    ``BatchNormAct2d``: a dropout, an activation); None if its forward does anything else."""
 
     def tensors(self) -> list[Tensor]:
         """Its parameters and buffers."""
@@ -123,6 +134,39 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, (_BatchNorm, FrozenBatchNorm))
 
 
+def _has_known_forward(module: nn.Module) -> bool:
+    return type(module).forward in _KNOWN_FORWARDS
+
+
+def replaceable(norm: Norm) -> bool:
+    """Whether another module can stand where the norm stands."""
+    return norm.module is not None and norm.chain is not None
+
+
+def _chain(trace: Trace, norm: Norm) -> tuple[nn.Module, ...] | None:
+    """:attr:`Norm.chain` of a norm whose class has a forward of its own."""
+    chains = []
+    for site in norm.sites:
+        call = site.call
+        if call is None or call.dynamic or call.inputs != [site.x]:
+            return None
+        if any(n.inside is call and n is not site.node for n in trace.nodes):
+            return None
+        value, inner = site.y, []
+        for c in trace.calls:
+            if c.parent is call:
+                if c.inputs != [value] or len(c.outputs) != 1 or value.kept:
+                    return None
+                value = c.outputs[0]
+                inner.append(c.module)
+        if call.outputs != [value]:
+            return None
+        chains.append(tuple(m for m in inner if type(m) is not nn.Identity))
+    own = set(norm.module.modules()) if norm.module is not None else set()
+    alike = all(chain == chains[0] for chain in chains)
+    return chains[0] if alike and own.issuperset(chains[0]) else None
+
+
 def find_norms(model: nn.Module, trace: Trace, path_of: Callable[[nn.Module], str]) -> list[Norm]:
     """The batch norms that ran, in the order of their first call."""
     norms: dict[Any, Norm] = {}
@@ -146,4 +190,7 @@ def find_norms(model: nn.Module, trace: Trace, path_of: Callable[[nn.Module], st
                 taken[name] = taken.get(name, 0) + 1
                 name += f"#{taken[name]}" if taken[name] > 1 else ""
         norms.setdefault(key, Norm(name, module)).sites.append(site)
+    for norm in norms.values():
+        if norm.module is not None and not _has_known_forward(norm.module):
+            norm.chain = _chain(trace, norm)
     return list(norms.values())

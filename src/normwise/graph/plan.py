@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from normwise.graph.absorb import Weights
 from normwise.graph.downward import Downward
 from normwise.graph.labels import Mixed
-from normwise.graph.norms import Norm
+from normwise.graph.norms import Norm, replaceable
 from normwise.graph.reasons import Refusal
 from normwise.graph.record import Trace
-from normwise.graph.state import Fate, State, replaceable
+from normwise.graph.state import Fate, State
 from normwise.graph.surroundings import Surroundings
 from normwise.graph.upward import Upward
 

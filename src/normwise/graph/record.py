@@ -75,8 +75,11 @@ class Node:
 
     @property
     def inputs(self) -> list[Value]:
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+        """The tensors whose numbers it reads."""
+        if self.name in _MADE_LIKE:
+            return []
+        read: Any = self.args[:1] if self.name in _SHAPED_AS else (self.args, self.kwargs)
+        return [leaf for leaf in tree_leaves(read) if isinstance(leaf, Value)]
 
 
 @dataclass(eq=False)
@@ -125,6 +128,11 @@ _METADATA = frozenset(
         "_is_view", "broadcast_tensors_meta", "dim_order", "is_distributed", "__delete__",
     }
 )  # fmt: skip
+# Calls that take the shape or the dtype of their second operand, or of their only one, no numbers.
+_SHAPED_AS = frozenset({"view_as", "reshape_as", "expand_as", "type_as"})
+_MADE_LIKE = frozenset(
+    {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty"}
+)
 # Calls whose result's shape depends on values: code that asks for the shape asks for them.
 _SHAPED_BY_VALUES = frozenset(
     {
@@ -228,7 +236,10 @@ class _Recorder:
                     made.append(t)
         if not made and (not given or name in _METADATA or name.startswith("get:")):
             return result
+        read = set(node.inputs)
         for t, value, _ in before:
+            if value not in read:
+                continue
             value.readers.append(node)
             if id(t) in self.own:
                 self.uses.setdefault(id(t), []).append(node)

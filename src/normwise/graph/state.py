@@ -7,25 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.graph import rules
 from normwise.graph.absorb import Taker, Weights, taker_of
-from normwise.graph.norms import Norm, Site, find_norms
+from normwise.graph.norms import Norm, Site, find_norms, replaceable
 from normwise.graph.reasons import Refusal
 from normwise.graph.record import Node, Trace, Value
 from normwise.graph.surroundings import Surroundings, has_hooks
-from normwise.nn import FrozenBatchNorm
-from normwise.nn.batchnorm import _FusedBatchNorm
 
-__all__ = ["AnyTaker", "Fate", "NormTaker", "State", "replaceable"]
-
-_KNOWN_FORWARDS = {
-    _BatchNorm.forward,
-    nn.SyncBatchNorm.forward,
-    _FusedBatchNorm.forward,
-    FrozenBatchNorm.forward,
-}
+__all__ = ["AnyTaker", "Fate", "NormTaker", "State"]
 
 
 @dataclass
@@ -81,12 +71,6 @@ class NormTaker:
 
 
 AnyTaker = Taker | NormTaker
-
-
-def replaceable(norm: Norm) -> bool:
-    """Whether another module can stand where the norm stands."""
-    module = norm.module
-    return module is not None and type(module).forward in _KNOWN_FORWARDS
 
 
 class State:

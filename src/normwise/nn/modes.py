@@ -17,6 +17,7 @@ from normwise.moments import Moments
 
 __all__ = [
     "ACTIVE",
+    "DEFAULT",
     "Accumulator",
     "Modes",
     "accumulate_statistics",
@@ -45,6 +46,23 @@ class Accumulator:
             take_in(moments)
 
 
+class Recorder:
+    """The running statistics that each call of a region met, for its second run to meet again:
+    batch renorm, and whoever normalizes with running statistics that move, depends on them."""
+
+    def __init__(self) -> None:
+        self.met: list[tuple[Any, Any, Any]] = []
+        self.position: int | None = None  # None while recording
+
+    def __call__(self, statistics: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        if self.position is None:
+            mean, var, tracked = (None if t is None else t.detach().clone() for t in statistics)
+            self.met.append((mean, var, tracked))
+            return statistics
+        self.position += 1
+        return self.met[self.position - 1]
+
+
 @dataclass(frozen=True)
 class Modes:
     """What is in force in a thread."""
@@ -52,6 +70,7 @@ class Modes:
     hold: bool = False
     accumulator: Accumulator | None = None
     domain: str | None = None
+    recorder: Recorder | None = None
 
 
 DEFAULT = Modes()
@@ -62,7 +81,12 @@ ACTIVE: dict[int, Modes] = {}
 
 def current() -> Modes:
     """What is in force in this thread."""
-    return ACTIVE.get(threading.get_ident(), DEFAULT) if ACTIVE else DEFAULT
+    return ACTIVE.get(threading.get_ident(), DEFAULT)
+
+
+# Dynamo cannot trace a thread's number: compiled code inside a context breaks its graph here. (The
+# mark of torch.compiler.disable, which itself would import the compiler.)
+current._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -99,7 +123,8 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     """``context_fn`` for :func:`torch.utils.checkpoint.checkpoint`: statistics move once.
 
     Activation checkpointing runs the forward a second time during the backward, and torch.nn's
-    running statistics move a second time with it (pytorch issue 96136).
+    running statistics move a second time with it (pytorch issue 96136). Here the second run meets
+    the statistics that the first one met, and moves none.
 
     Example:
         >>> import torch, normwise as nw
@@ -110,7 +135,25 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
         >>> int(bn.num_batches_tracked)
         1
     """
-    return contextlib.nullcontext(), hold_statistics()
+    recorder = Recorder()
+    return _in_force(recorder=recorder), _replay(recorder)
+
+
+class _replay:
+    """The context of the second run; entered once for each backward through the region."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.inner: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self.recorder.position = 0
+        inner = _in_force(hold=True, recorder=self.recorder)
+        inner.__enter__()
+        self.inner.append(inner)
+
+    def __exit__(self, *error: Any) -> None:
+        self.inner.pop().__exit__(*error)
 
 
 @contextlib.contextmanager

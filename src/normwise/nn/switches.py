@@ -154,12 +154,14 @@ class Switches(_Base):
 
     def _by_switches(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
         """The forward where a switch or a context has a say."""
-        now = modes.current()
+        now = modes.current() if modes.ACTIVE else modes.DEFAULT
         by_batch = (
             self.training if self._normalize_with is None else self._normalize_with == "batch"
         )
         moves = self.training if self._update_stats is None else self._update_stats
         mean, var, tracked = self._statistics(now.domain)
+        if now.recorder is not None:
+            mean, var, tracked = now.recorder((mean, var, tracked))
         if not by_batch and mean is None and var is None and self._normalize_with is None:
             by_batch = True  # as in torch.nn: without buffers the batch normalizes in eval too
         tracking = self.track_running_stats and mean is not None and var is not None

@@ -3,18 +3,12 @@
 ``moments``, ``normalize``, ``train_forward``, ``update_running``, ``backward_reduce``,
 ``backward_input``, ``train_backward``, ``eval_backward``: see :mod:`normwise.ops.schema` for what
 each computes. ``train_gradients``, ``eval_gradients``: the body of an autograd node in one call,
-where the kernels serve; ``ghost_forward``, ``ghost_backward``: the training kernels over ghost
-batches (:mod:`normwise.ops.cpu`).
+where the kernels serve (:mod:`normwise.ops.cpu`). ``ghost_forward``, ``ghost_backward``: the
+training kernels over ghost batches (:mod:`normwise.ops.ghost`).
 """
 
 from normwise.ops.backends import BackendStatus, backends
-from normwise.ops.cpu import (
-    autograd_options,
-    eval_gradients,
-    ghost_backward,
-    ghost_forward,
-    train_gradients,
-)
+from normwise.ops.cpu import autograd_options, eval_gradients, train_gradients
 from normwise.ops.dispatch import (
     OPERATORS,
     backward_input,
@@ -26,6 +20,7 @@ from normwise.ops.dispatch import (
     train_forward,
     update_running,
 )
+from normwise.ops.ghost import ghost_backward, ghost_forward
 
 __all__ = [
     "OPERATORS",

@@ -26,8 +26,6 @@ __all__ = [
     "autograd_options",
     "eval_gradients",
     "force",
-    "ghost_backward",
-    "ghost_forward",
     "instruction_sets",
     "status",
     "train_gradients",
@@ -492,71 +490,3 @@ def autograd_options(
     )
     residual_gradient = residual is not None and residual.requires_grad
     return channel_dim, eps, activation, act.code, act.slope, arguments, residual_gradient, native
-
-
-def _plain(x: Tensor) -> bool:
-    """An eager call on a plain CPU tensor, which needs no dispatcher."""
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and x.is_cpu
-        and not torch._C._len_torch_dispatch_stack()
-    )
-
-
-def ghost_forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    size: int,
-    channel_dim: int,
-    batch_dim: int,
-    eps: float,
-    activation: str,
-) -> Any:
-    """`train_forward` of ``size`` samples at a time: y, the moments of each ghost batch (G, 3, C)
-    and of all (3, C); NotImplemented where the batch axis is not the outermost in memory."""
-    if _native is None or not _plain(x) or _negated(x, residual, weight, bias):
-        return NotImplemented
-    act = parse(activation)
-    x = densify(x)
-    y, whole = torch.empty_like(x), _rows(3, x, channel_dim)
-    ghosts = -(-x.shape[batch_dim] // size)
-    moments = whole.new_empty((ghosts, *whole.shape))
-    done = _native.ghost_forward(
-        x, y, moments, whole, _vector(weight), _vector(bias), _like(residual, x), size,
-        channel_dim, batch_dim, eps, act.code, act.slope,
-    )  # fmt: skip
-    return (y, moments, whole) if done else NotImplemented
-
-
-def ghost_backward(
-    dy: Tensor,
-    x: Tensor,
-    moments: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor | None,
-    size: int,
-    channel_dim: int,
-    batch_dim: int,
-    eps: float,
-    activation: str,
-    residual_gradient: bool,
-) -> Any:
-    """`train_backward` of each ghost batch: dx, dresidual, and the gradients of weight and bias
-    over all of them, (2, C)."""
-    if _native is None or not _plain(dy) or dy.is_neg():
-        return NotImplemented
-    act = parse(activation)
-    residual, output = _derivative_from(activation, residual, output)
-    x = densify(x)
-    dx, parameters = torch.empty_like(x), _rows(2, x, channel_dim)
-    dresidual = torch.empty_like(x) if residual_gradient else None
-    done = _native.ghost_backward(
-        match(dy, x), x, moments, _vector(weight), _vector(bias), _like(residual, x),
-        _like(output, x), dx, dresidual, torch.empty_like(parameters), parameters, size,
-        channel_dim, batch_dim, eps, act.code, act.slope,
-    )  # fmt: skip
-    return (dx, dresidual, parameters) if done else NotImplemented

@@ -161,7 +161,9 @@ def _variant(name: str) -> Callable[[Any, Spec, dict[str, Any]], Made]:
         new = _batch(cls, old, spec, **spec.options, **options)
         if spec.plain is not None:
             setattr(new, PLAIN, spec.plain)
-        return Made(new)
+        # Without running statistics the batch normalizes in eval too, and ghosts are other batches.
+        other = cls is ours.GhostBatchNorm and spec.tensors.get("running_mean") is None
+        return Made(new, preserved=not other)
 
     make.__doc__ = f"``normwise.nn.{name}``, over the same parameters and statistics."
     return make

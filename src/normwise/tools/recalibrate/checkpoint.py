@@ -86,7 +86,7 @@ def _to_plain(state: State) -> dict[str, Any]:
         **{k: getattr(state, k) for k in ("step", "batches", "last", "order", "reused", "loop")},
         "statistics": {name: list(s) for name, s in state.statistics.items()},
         "pools": {
-            name: [_moments(p.seen), _moments(p.given), p.batches, p.nonfinite]
+            name: [_moments(p.seen), _moments(p.given), p.batches, p.nonfinite, p.rounding]
             for name, p in state.pools.items()
         },
         "average": [state.average.sums, state.average.weight],
@@ -104,13 +104,13 @@ def _from_plain(plain: dict[str, Any], layers: list[Layer]) -> State:
             if not mean.shape == var.shape == like.shape:
                 raise ValueError(f"statistics of layer {layer.name!r} have another shape")
             statistics[layer.name] = Statistics(mean.to(like), var.to(like), int(tracked))
-        seen, given, batches, nonfinite = plain["pools"][layer.name]
+        seen, given, batches, nonfinite, rounding = plain["pools"][layer.name]
         seen, given = (
             None if m is None else Moments(*m).to(like.device, like.dtype) for m in (seen, given)
         )
         if any(m is not None and m.mean.shape != like.shape for m in (seen, given)):
             raise ValueError(f"moments of layer {layer.name!r} have another shape")
-        pools[layer.name] = Pool(seen, given, batches, nonfinite and tuple(nonfinite))
+        pools[layer.name] = Pool(seen, given, batches, nonfinite and tuple(nonfinite), rounding)
     return State(
         **{k: plain[k] for k in ("step", "batches", "last", "order", "reused", "loop")},
         statistics=statistics,

@@ -30,12 +30,14 @@ class Pool:
     seen, given: moments of its inputs and of its outputs; ``given`` is None where the output holds
     more than the norm (an activation, a residual). batches: how many reached the layer.
     nonfinite: (rank, batch) of the first that was not finite; it is not in the moments.
+    rounding: the epsilon of the coarsest dtype among the inputs (float32, bfloat16 under autocast).
     """
 
     seen: Moments | None = None
     given: Moments | None = None
     batches: int = 0
     nonfinite: tuple[int, int] | None = None
+    rounding: float = 0.0
 
     def add(self, other: Pool) -> None:
         """Merge what came later, or from a later rank."""
@@ -43,10 +45,11 @@ class Pool:
         self.given = _merged(self.given, other.given)
         self.batches += other.batches
         self.nonfinite = self.nonfinite or other.nonfinite
+        self.rounding = max(self.rounding, other.rounding)
 
     def on_cpu(self) -> Pool:
         seen, given = (None if m is None else m.to("cpu") for m in (self.seen, self.given))
-        return Pool(seen, given, self.batches, self.nonfinite)
+        return Pool(seen, given, self.batches, self.nonfinite, self.rounding)
 
     @property
     def values(self) -> int:
@@ -66,6 +69,7 @@ class _Call:
 
     seen: list[Moments] = field(default_factory=list)
     given: list[Moments | None] = field(default_factory=list)
+    rounding: float = 0.0
 
 
 # Which forwards are the affine map and nothing else.
@@ -150,6 +154,7 @@ class Collector:
             raise self.refusal
         call = self.calls.setdefault(layer.name, _Call())
         call.seen.append(moments)
+        call.rounding = max(call.rounding, torch.finfo(x.dtype).eps)
 
     def _after(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
         given = _arguments(module, args, kwargs)
@@ -175,6 +180,7 @@ class Collector:
                 if call.given and None not in call.given
                 else None,
                 1,
+                rounding=call.rounding,
             )
             for name, call in self.calls.items()
             if call.seen
@@ -192,9 +198,12 @@ class Collector:
 
     def nonfinite_now(self) -> str | None:
         """The first layer that met something not finite in this batch, if its input owes nothing
-        to other norms' statistics: any, where they normalize by the batch; else the first run."""
+        to any statistics: any, where they normalize by the batch; else the first call of the first
+        that runs."""
         for name in self.order if self.by_batch else self.order[:1]:
-            if self.pools[name].nonfinite == (self.rank, self.index):
+            if self.pools[name].nonfinite == (self.rank, self.index) and (
+                self.by_batch or not bool(_finite(self.calls[name].seen[0]))
+            ):
                 return name
         return None
 

@@ -33,6 +33,12 @@ class Statistics(NamedTuple):
     def equals(self, other: Statistics) -> bool:
         return torch.equal(self.mean, other.mean) and torch.equal(self.var, other.var)
 
+    def finite(self) -> bool:
+        return bool(torch.isfinite(self.mean).all() & torch.isfinite(self.var).all())
+
+    def initial(self) -> Statistics:
+        return Statistics(torch.zeros_like(self.mean), torch.ones_like(self.var), 0)
+
 
 @dataclass
 class Layer:
@@ -90,7 +96,7 @@ class Layer:
         stored = Statistics(
             mean.to(buffer.dtype).to(mean.dtype), var.to(buffer.dtype).to(var.dtype), tracked
         )
-        if not bool(torch.isfinite(stored.mean).all() & torch.isfinite(stored.var).all()):
+        if not stored.finite():
             raise NonFiniteError(
                 message(
                     "mean and variance are finite numbers of the buffers' dtype",

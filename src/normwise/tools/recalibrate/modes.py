@@ -118,7 +118,7 @@ def exact(run: Passes, blend: float) -> Outcome:
                 ) / _tolerance(layer)
             elif seen.pools[layer.name].nonfinite is not None:
                 changes[layer.name] = math.inf
-        settled = _settled(run, seen, changes)
+        settled = _settled(run, seen, changes, current)
         if _ended(run, changes, settled, len(seen.order)):
             for name in seen.order:
                 if (where := seen.pools[name].nonfinite) is not None:
@@ -132,13 +132,20 @@ def exact(run: Passes, blend: float) -> Outcome:
         for layer in run.layers:
             if layer.name in proposals:
                 layer.write(proposals[layer.name])
+            elif layer.name in seen.order and not current[layer.name].finite():
+                # Poisoned, and feeding itself perhaps: from where torch.nn's layers start.
+                layer.write(current[layer.name].initial())
 
 
-def _settled(run: Passes, seen: Pass, changes: dict[str, float]) -> int:
+def _settled(
+    run: Passes, seen: Pass, changes: dict[str, float], current: dict[str, Statistics]
+) -> int:
     """How many layers, from the first that runs, did not change. Where the next one met something
-    not finite, no statistic is to blame: the data are."""
+    not finite, no statistic but its own can be to blame; else the data are."""
     for position, name in enumerate(seen.order):
         where = seen.pools[name].nonfinite
+        if where is not None and not current[name].finite():
+            return position
         if where is not None:
             raise_nonfinite(name, where, run.ranks.size)
         if changes.get(name, 0.0) > 1:
