@@ -6,7 +6,7 @@ from fold_graphs.layers import AFTER, BEFORE
 from fold_graphs.obstacles import DATA, SHARED, USED, WATCHED
 from fold_graphs.paths import MERGING, SHUFFLES, SIMPLE
 
-__all__ = ["GRAPHS", "Graph", "randomise"]
+__all__ = ["GRAPHS", "NORMS", "Graph", "randomise"]
 
 GRAPHS: list[Graph] = [
     *AFTER, *BEFORE, *SIMPLE, *SHUFFLES, *MERGING, *SHARED, *USED, *WATCHED, *DATA, *NORMS, *FORMS,

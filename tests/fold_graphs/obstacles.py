@@ -205,7 +205,8 @@ DATA = [
             lambda: conv(_branching), lambda s=s: _both_signs(s),
             {"bn": "multiply-add: dynamic"}) for s in (1, -1)),
     *(Graph(f"a sub-module branches, example {'positive' if s > 0 else 'negative'}",
-            lambda: conv(lambda m, x: m.g(m.bn(m.c(x)) + 99 * x), g=_Gate()), lambda s=s: _both_signs(s),
+            lambda: conv(lambda m, x: m.g(m.bn(m.c(x)) + 99 * x), g=_Gate()),
+            lambda s=s: _both_signs(s),
             {"bn": "multiply-add", "g.bn": "multiply-add"} if s > 0 else
             {"bn": "multiply-add", "g.bn": "left: not-reached"}) for s in (1, -1)),
     *(Graph(f"a block inside branching code, example {'positive' if s > 0 else 'negative'}",

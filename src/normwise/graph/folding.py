@@ -175,7 +175,9 @@ class _Folder:
             plan = self.plan()
             edits = edits_of(plan)
             verdict = self.prove(plan, edits)
-            if verdict.passed:
+            changed = any(fate.action != "left" for fate in plan.fates.values())
+            # A model that gives other numbers each time differs from itself, unfolded too.
+            if verdict.passed or not changed:
                 return plan, edits, verdict
             name = verdict.first_wrong() or self.culprit(plan)
             self.forbid(plan, name, verdict)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -64,7 +65,12 @@ def same_random_numbers(seed: int = 0) -> Iterator[None]:
         torch.default_generator.manual_seed(seed)
         if devices:
             torch.cuda.manual_seed_all(seed)
-        yield
+        python = random.getstate()
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
 
 
 def _results_in(tree: Any, depth: int = 4) -> Iterator[Tensor]:
