@@ -184,24 +184,35 @@ class _Standardized(nn.Conv2d):
             self.weight.reshape(1, self.out_channels, -1), None, None, training=True
         ).reshape_as(self.weight)
         return self._conv_forward(input, weight, self.bias)
+
+
 def test_a_batch_norm_of_weights_is_no_norm_of_the_model() -> None:
     model = nn.Sequential(_Standardized(3, 4, 3), nn.BatchNorm2d(4)).eval()
     _, report = nw.fold(model, torch.randn(2, 3, 6, 6), seconds=0)
     assert [(e.name, e.reason) for e in report] == [("1", "parametrized")]
+
+
 class _Restless(nn.Module):
     """Other numbers at each call, also in each copy."""
+
     calls = 0
+
     def __init__(self) -> None:
         super().__init__()
         self.c, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
     def forward(self, x: Tensor) -> Tensor:
         _Restless.calls += 1
         y: Tensor = self.bn(self.c(x)) * _Restless.calls
         return y
+
+
 def test_a_model_that_differs_from_itself_stays() -> None:
     _, report = nw.fold(_Restless().eval(), torch.randn(2, 3, 6, 6), seconds=0)
     assert [e.action for e in report.entries] == ["left"]
     assert report.entries[0].reason == "differs"
+
+
 def test_pythons_random_numbers_are_the_same_in_each_run() -> None:
     net = Net(lambda m, x: m.bn(m.c(x)) * random.random(), c=nn.Conv2d(3, 4, 3),
               bn=nn.BatchNorm2d(4)).eval()  # fmt: skip
