@@ -220,3 +220,17 @@ def test_pythons_random_numbers_are_the_same_in_each_run() -> None:
     _, report = nw.fold(net, torch.randn(2, 3, 6, 6), seconds=0)
     assert report["bn"].action == "folded"
     assert random.getstate() == state
+
+
+@pytest.mark.parametrize("name", ["norm, zero-padded convolution, norm", "residual block",
+                                  "norm → norm → norm", "dense block"])  # fmt: skip
+def test_what_is_folded_trains_and_exports(name: str) -> None:
+    graph = next(g for g in GRAPHS if g.name == name)
+    model = built(graph, torch.float64)
+    x = graph.inputs()[0]
+    folded, _ = nw.fold(model, x, seconds=0)
+    want = folded(x)
+    (want * torch.randn_like(want)).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in folded.parameters())
+    exported = torch.export.export(folded, (x,)).module()
+    assert_same(leaves(exported(x)), leaves(want), 1e-12)
