@@ -131,7 +131,7 @@ NORMS = [
                        bn=nw.nn.BatchNorm2d(3, activation="relu")), images(), FOLDED),
     Graph("ours, its own input as the residual",
           lambda: conv(lambda m, x: m.bn(y := m.c(x), residual=y),
-                       bn=nw.nn.BatchNorm2d(3)), images(), {"bn": "multiply-add"}),
+                       bn=nw.nn.BatchNorm2d(3)), images(), {"bn": "multiply-add: used-elsewhere"}),
     Graph("ours, with a residual, no activation, then another norm",
           lambda: conv(lambda m, x: m.post(m.bn(m.c(x), residual=m.d(x))), post=B2(3),
                        bn=nw.nn.BatchNorm2d(3)), images(), {"bn": "folded", "post": "folded"}),

@@ -136,7 +136,9 @@ class Upward:
             if value.kept:
                 demands.append(_Demand(value, _ONE, _ZERO, None, Refusal("is-output")))
             for node in value.readers:
-                if node in own and own[node].x is value and own[node].residual is not value:
+                if node in own and own[node].residual is value:
+                    raise Refusal("used-elsewhere", "as the residual of the norm itself")
+                if node in own and own[node].x is value:
                     why = Refusal("channels-differ")
                     demands.append(_Demand(value, a, b, own[node].axis, why))
                 elif node not in inner:
