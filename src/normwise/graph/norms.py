@@ -169,10 +169,15 @@ def _chain(trace: Trace, norm: Norm) -> tuple[nn.Module, ...] | None:
 
 def _of_parameters(value: Value) -> bool:
     """``value`` follows from parameters alone."""
-    if value.maker is None:
-        return value.origin == "parameter"
-    made_from = value.maker.inputs
-    return bool(made_from) and all(_of_parameters(v) for v in made_from)
+    stack, seen = [value], {value}
+    while stack:
+        v = stack.pop()
+        before = [] if v.maker is None else v.maker.inputs
+        if not before and v.origin != "parameter":
+            return False
+        stack += [w for w in before if w not in seen]
+        seen.update(before)
+    return True
 
 
 def find_norms(model: nn.Module, trace: Trace, path_of: Callable[[nn.Module], str]) -> list[Norm]:
