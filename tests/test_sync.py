@@ -67,7 +67,7 @@ def problem(name: str, ranks: int) -> tuple[dict[str, Any], oracle.BatchNorm]:
     return data, call
 
 
-def near(actual: Tensor | None, expected: Any, scale: float = 1.0) -> None:
+def assert_near(actual: Tensor | None, expected: Any, scale: float = 1.0) -> None:
     assert actual is not None
     assert_close(actual, torch.as_tensor(expected, dtype=F64), rtol=1e-10, atol=1e-10 * scale)
 
@@ -77,7 +77,7 @@ def test_outputs_are_those_of_the_whole_batch(ranks: Results, name: str) -> None
     _, call = problem(name, len(ranks))
     # 1e6 standard deviations of offset leave 1e-10 of a float64's 1e-16.
     scale = max(1.0, CASES[name][3].get("offset", 1.0))
-    near(whole(ranks, "cases", name, "y"), call.forward(), scale)
+    assert_near(whole(ranks, "cases", name, "y"), call.forward(), scale)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -85,14 +85,14 @@ def test_gradients_are_those_of_the_whole_batch(ranks: Results, name: str) -> No
     data, call = problem(name, len(ranks))
     expected = call.gradients(array(data["dy"]))
     scale = max(1.0, CASES[name][3].get("offset", 1.0))
-    near(whole(ranks, "cases", name, "dx"), expected.dx, scale)
+    assert_near(whole(ranks, "cases", name, "dx"), expected.dx, scale)
     if data["residual"] is not None:
-        near(whole(ranks, "cases", name, "dresidual"), expected.dresidual)
+        assert_near(whole(ranks, "cases", name, "dresidual"), expected.dresidual)
     # A rank has its share of a parameter's gradient.
     shares = [r["cases"][name] for r in ranks]
     for key, value in (("dweight", expected.dweight), ("dbias", expected.dbias)):
         if key in shares[0]:
-            near(sum(share[key] for share in shares), value, scale)
+            assert_near(sum(share[key] for share in shares), value, scale)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -111,8 +111,8 @@ def test_every_rank_keeps_the_running_statistics_of_the_whole_batch(
     )
     for result in ranks:
         own = result["cases"][name]
-        near(own["running_mean"], mean)
-        near(own["running_var"], var)
+        assert_near(own["running_mean"], mean)
+        assert_near(own["running_var"], var)
         assert own["num_batches_tracked"] == tracked
 
 
@@ -152,8 +152,8 @@ def test_second_derivatives_go_through_the_collectives(ranks: Results) -> None:
     x = data["x"].clone().requires_grad_()
     (slope,) = torch.autograd.grad(layer(x).sin(), x, data["dy"], create_graph=True)
     slope.cos().sum().backward()
-    near(whole(ranks, "second", None, "dx"), x.grad)
-    near(sum(r["second"]["dweight"] for r in ranks), layer.weight.grad)
+    assert_near(whole(ranks, "second", None, "dx"), x.grad)
+    assert_near(sum(r["second"]["dweight"] for r in ranks), layer.weight.grad)
 
 
 def test_two_forward_passes_before_the_backward_under_ddp(ranks: Results) -> None:
@@ -162,18 +162,18 @@ def test_two_forward_passes_before_the_backward_under_ddp(ranks: Results) -> Non
     layer.load_state_dict(layer.state_dict() | {k: data[k] for k in ("weight", "bias")})
     y = layer(data["x"]) + layer(2 * data["x"])
     y.backward(data["dy"])
-    near(whole(ranks, "parallel", None, "y"), y.detach())
+    assert_near(whole(ranks, "parallel", None, "y"), y.detach())
     for result in ranks:  # DDP gives each rank the mean of the shares
-        near(result["parallel"]["dweight"], layer.weight.grad / len(ranks))
-        near(result["parallel"]["mean"], layer.running_mean)
+        assert_near(result["parallel"]["dweight"], layer.weight.grad / len(ranks))
+        assert_near(result["parallel"]["mean"], layer.running_mean)
 
 
 def test_accumulated_and_switched_statistics_are_merged_over_the_ranks(ranks: Results) -> None:
     x = problem("unequal", len(ranks))[0]["x"]
     both = 0.9 + 0.1 * torch.cat([x, 2 * x]).var((0, 2, 3))
     for result in ranks:
-        near(result["held"]["accumulated"], both)
-        near(result["held"]["var"], 0.9 + 0.1 * x.var((0, 2, 3)))
+        assert_near(result["held"]["accumulated"], both)
+        assert_near(result["held"]["var"], 0.9 + 0.1 * x.var((0, 2, 3)))
 
 
 def test_compiled_in_one_graph(ranks: Results) -> None:
@@ -192,7 +192,7 @@ def test_a_subgroup_is_a_batch_of_its_own(ranks: Results) -> None:
         members, None, None, data["weight"], data["bias"], training=True
     )
     y = torch.cat([ranks[0]["subgroups"]["y"], ranks[-1]["subgroups"]["y"]])
-    near(y, expected)
+    assert_near(y, expected)
 
 
 def test_a_group_without_this_rank_is_an_error_of_its_own(ranks: Results) -> None:
