@@ -124,7 +124,7 @@ def _standardize_backward(
     """(dx, dresidual, dweight, dbias) of `_standardize`, the last two float64 and one a row."""
     end = (0, eps, activation)
     if centred:
-        return ops.train_backward(  # type: ignore[no-any-return]
+        return ops.train_backward(  # type: ignore[no-any-return] # custom operators are untyped
             dy, sets, moments, weight, bias, residual, None, None, *end, residual_gradient
         )
     mean, var = _mean_var(moments)

@@ -28,7 +28,8 @@ def multiply_adds(model: nn.Module, call: Call) -> int:
 
 def latency(before: nn.Module, after: nn.Module, call: Call, seconds: float) -> tuple[float, float]:
     """Milliseconds of a forward, medians of runs in turn, for about ``seconds`` in all."""
-    models, times = (before, after), ([], [])  # type: ignore[var-annotated] # two lists of float
+    models = (before, after)
+    times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad(), same_random_numbers():
         for model in models:
             call.copy().run(model)

@@ -50,8 +50,6 @@ class Value:
     tensor: Tensor | None = None
     """The parameter or buffer itself."""
     maker: Node | None = None
-    slot: int = 0
-    """Which of its maker's results it is."""
     readers: list[Node] = field(default_factory=list)
     kept: bool = False
     """Somebody holds it after the run: it is an output, or was stored."""
@@ -252,10 +250,10 @@ class _Recorder:
         constant = not name.startswith(_RANDOM) and all(
             v.constant is not None for _, v, _ in before
         )
-        for slot, t in enumerate(made):
+        for t in made:
             # Also where a call hands its argument through (dropout in eval, x.contiguous()): from
             # here on the tensor is known as this call's result.
-            value = self.define(t, "call", maker=node, slot=slot)
+            value = self.define(t, "call", maker=node)
             if constant and not t.is_floating_point() and not t.is_complex():
                 value.constant = t.detach().clone()
             node.outputs.append(value)

@@ -99,5 +99,5 @@ class Surroundings:
 def _address(t: Tensor) -> int:
     try:
         return int(t.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no one storage: each its own
         return -id(t)

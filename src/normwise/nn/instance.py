@@ -58,7 +58,7 @@ class _FusedInstanceNorm(CarriesActivation, _Base):
         self.channel_dim = channel_dim
 
     def _check_input_dim(self, input: Tensor) -> None:
-        rank: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        rank: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call] # torch's method is untyped
         if input.dim() not in (rank, rank + 1):
             raise InputError(
                 message(
@@ -70,7 +70,7 @@ class _FusedInstanceNorm(CarriesActivation, _Base):
 
     def _batched(self, t: Tensor | None) -> Tensor | None:
         """A single sample as a batch of one."""
-        single: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+        single: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call] # torch's method is untyped
         return t.unsqueeze(0) if t is not None and t.dim() == single else t
 
     def _check_features(self, input: Tensor, batch: Tensor) -> None:

@@ -86,7 +86,7 @@ def current() -> Modes:
 
 # Dynamo cannot trace a thread's number: compiled code inside a context breaks its graph here. (The
 # mark of torch.compiler.disable, which itself would import the compiler.)
-current._torchdynamo_disable = True  # type: ignore[attr-defined]
+current._torchdynamo_disable = True  # type: ignore[attr-defined] # dynamo's own mark
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ class Switches(_Base):
     @property
     def domains(self) -> nn.ModuleDict | None:
         """The named sets of running statistics, None without any."""
-        found: nn.ModuleDict | None = self._modules.get("domains")  # type: ignore[assignment]
+        found: nn.ModuleDict | None = self._modules.get("domains")  # type: ignore[assignment] # a ModuleDict, if there
         return found
 
     @property

@@ -95,7 +95,7 @@ class Feed:
     def __len__(self) -> int:
         """How many batches a pass has; 0 if that is not known."""
         try:
-            known = len(self.data)  # type: ignore[arg-type]
+            known = len(self.data)  # type: ignore[arg-type] # unsized raises TypeError
         except (TypeError, NotImplementedError):
             return self.limit or 0
         return known if self.limit is None else min(known, self.limit)

@@ -180,7 +180,7 @@ def _copy(model: nn.Module, chosen: Selection) -> nn.Module:
             )
         ) from error
     for layer in chosen.layers:
-        layer.module = copied.get_submodule(layer.name)  # type: ignore[assignment]
+        layer.module = copied.get_submodule(layer.name)  # type: ignore[assignment] # of the same class
     return copied
 
 

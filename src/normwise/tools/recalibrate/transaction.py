@@ -38,7 +38,7 @@ class RandomState:
         if "cuda" in self.devices:
             torch.cuda.set_rng_state_all(self.devices["cuda"])
         random.setstate(self.python)
-        np.random.set_state(self.numpy)  # noqa: NPY002
+        np.random.set_state(self.numpy)  # noqa: NPY002 the same
 
     def to_plain(self) -> dict[str, Any]:
         """Tensors and numbers only, for a file that is read without trust."""
