@@ -13,6 +13,7 @@ from normwise.errors import CheckpointError, message
 from normwise.interop.checkpoints.file import refuse
 from normwise.interop.checkpoints.grouping import NormPlan, plans_of
 from normwise.interop.checkpoints.limits import MB, NORMS, numel, shown
+from normwise.interop.checkpoints.state_dicts import without_prefix
 from normwise.interop.checkpoints.tensors import TensorInfo
 
 __all__ = ["Checkpoint", "Content", "StoredNorm"]
@@ -62,7 +63,13 @@ class Checkpoint:
 
     def __init__(self, path: str, format: str, content: Content) -> None:
         self.path, self.format, self._content = path, format, content
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(dict(content.tensors))
+        self._plans = content.plans()
+        names = list(content.tensors)
+        # A graph names its tensors as it must; a state dict may have been saved with a wrapper's.
+        self._names = {n: n for n in names} if self._plans is not None else without_prefix(names)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType(
+            {short: content.tensors[name] for short, name in self._names.items()}
+        )
 
     def __enter__(self) -> Checkpoint:
         return self
@@ -91,7 +98,7 @@ class Checkpoint:
                     "one of checkpoint.tensors",
                 )
             )
-        return self._content.load(name)
+        return self._content.load(self._names[name])
 
     def norms(self) -> list[StoredNorm]:
         """The norms, in the order of the file, with their tensors.
@@ -102,8 +109,7 @@ class Checkpoint:
         Raises:
             CheckpointError: if a norm's tensors do not fit each other, in shape or dtype.
         """
-        plans = self._content.plans()
-        plans = plans_of(self.tensors) if plans is None else plans
+        plans = plans_of(self.tensors) if self._plans is None else self._plans
         total = sum(self._checked(plan) for plan in plans)
         if total > NORMS:
             refuse(
@@ -118,7 +124,8 @@ class Checkpoint:
         infos = {role: self.tensors[name] for role, name in plan.tensors.items()}
         tracked = infos.pop("num_batches_tracked", None)
         shapes = {role: info.shape for role, info in infos.items()}
-        if len(set(shapes.values())) > 1 or any(len(shape) != 1 for shape in shapes.values()):
+        vectors = plan.kind != "layer_norm"  # which may average several axes
+        if len(set(shapes.values())) > 1 or (vectors and any(len(s) != 1 for s in shapes.values())):
             self._misfit(plan, "one size", ", ".join(f"{r} {s}" for r, s in shapes.items()))
         for role, info in infos.items():
             if info.dtype is None or not info.dtype.is_floating_point:

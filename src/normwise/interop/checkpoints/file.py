@@ -132,7 +132,7 @@ def open_file(path: str | os.PathLike[str]) -> Region:
         # A pipe would make open() wait for somebody to write into it, hence O_NONBLOCK.
         kind = stat.S_IFMT(os.stat(name).st_mode)
         if kind == stat.S_IFREG:
-            number = os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | os.O_CLOEXEC)
+            number = os.open(name, os.O_RDONLY | os.O_NONBLOCK)
             descriptor = _Descriptor(name, number)
             status = os.fstat(number)
             kind = stat.S_IFMT(status.st_mode)

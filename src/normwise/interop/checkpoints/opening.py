@@ -1,81 +1,14 @@
-"""Which format a path is in, by what the file starts with."""
+"""From a path to an open checkpoint."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 
-from torch import Tensor
-
-from normwise.errors import NormwiseError
-from normwise.interop.checkpoints.archive import Archive
-from normwise.interop.checkpoints.checkpoint import Checkpoint
-from normwise.interop.checkpoints.file import INTACT, Region, open_file, refuse
-from normwise.interop.checkpoints.grouping import NormPlan
-from normwise.interop.checkpoints.limits import shown
-from normwise.interop.checkpoints.pickle_file import read_legacy, read_torch_archive
-from normwise.interop.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
-from normwise.interop.checkpoints.state_dicts import without_prefix
-from normwise.interop.checkpoints.tensors import Stored
+from normwise.interop.checkpoints.checkpoint import Checkpoint, Content
+from normwise.interop.checkpoints.folders import INDEX, Sharded, file_in
+from normwise.interop.checkpoints.single import open_single
 
 __all__ = ["open_checkpoint"]
-
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar")
-# Starts of what people take for a checkpoint, and what to do about it.
-FOREIGN = {
-    b"\x1f\x8b": ("a gzip file", "unpacking it first"),
-    b"BZh": ("a bzip2 file", "unpacking it first"),
-    b"\xfd7zXZ": ("an xz file", "unpacking it first"),
-    b"7z\xbc\xaf": ("a 7z archive", "unpacking it first"),
-    b"\x89HDF": ("an HDF5 file, such as Keras writes", "exporting the model to ONNX"),
-    b"GGUF": ("a GGUF file", "the safetensors file that it was made from"),
-    b"version https://git-lfs": ("a Git LFS pointer, not the file that it names", "git lfs pull"),
-    b"<!DOCTYPE": ("a web page", "downloading the file itself, not the page about it"),
-    b"<html": ("a web page", "downloading the file itself, not the page about it"),
-    b"PK\x05\x06": ("an empty zip archive", INTACT),
-}
-KNOWN = "a .safetensors, .pt, .pth, .bin, .onnx or .pt2 file, or a folder of Hugging Face"
-
-
-@dataclass(frozen=True)
-class Single:
-    """The tensors of one file."""
-
-    file: Region
-    tensors: Mapping[str, Stored]
-    known: list[NormPlan] | None = None
-
-    def load(self, name: str) -> Tensor:
-        return self.tensors[name].load(name)
-
-    def plans(self) -> list[NormPlan] | None:
-        return self.known
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def _single(file: Region) -> tuple[str, Single]:
-    head = bytes(file.read(0, min(file.size, 64)))
-    suffix = os.path.splitext(file.path)[1].lower()
-    for start, (what, hint) in FOREIGN.items():
-        if head[: len(start)].lower() == start.lower():
-            file.refuse(what, hint)
-    if head.startswith(b"PK\x03\x04"):
-        archive = Archive(file)
-        if "data.pkl" in archive:
-            return "pickle", Single(file, read_torch_archive(archive))
-        inside = next(iter(archive.names()), "")
-        file.refuse(
-            f"a zip archive of other things, such as {shown(inside)}",
-            "unpacking it, and a file that was in it",
-        )
-    if looks_like_safetensors(head) or suffix == ".safetensors":
-        return "safetensors", Single(file, without_prefix(read_safetensors(file)))
-    if head.startswith(b"\x80") or suffix in PICKLES:
-        return "pickle", Single(file, read_legacy(file))
-    file.refuse(f"a file that starts with {shown(head, 16)}", KNOWN, f"a checkpoint is {KNOWN}")
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -98,14 +31,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         ...     [norm.running_var for norm in checkpoint.norms()]
         [tensor([1., 1., 1.])]
     """
-    name = os.fspath(path)
-    file = open_file(name)
-    try:
-        kind, content = _single(file)
-        return Checkpoint(name, kind, content)
-    except BaseException as error:
-        file.close()
-        if isinstance(error, NormwiseError) or not isinstance(error, Exception):
-            raise
-        # A reader tripped over something that no check foresaw: to the caller a damaged file.
-        refuse(name, f"a file that trips its reader ({type(error).__name__}: {error})", INTACT)
+    given = os.fsdecode(path)
+    found = file_in(given) if os.path.isdir(given) else given
+    content: Content
+    if found.endswith(INDEX):
+        content = Sharded(found)
+        return Checkpoint(given, content.format, content)
+    content = single = open_single(found)
+    return Checkpoint(given, single.format, content)

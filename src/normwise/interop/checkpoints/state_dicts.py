@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from normwise.interop.checkpoints.limits import DEPTH, NAME, TENSORS, is_size, shown
@@ -66,17 +66,18 @@ def _unwrapped(root: Any, kind: type[T], refuse: Callable[[str], Any]) -> Any:
     return root
 
 
-def without_prefix(tensors: dict[str, T]) -> dict[str, T]:
-    """Names without what wrappers put before all of them.
+def without_prefix(names: Sequence[str]) -> dict[str, str]:
+    """Name in the file by name without what wrappers put before all of them.
 
     ``n_averaged`` stands beside ``module.`` in :class:`torch.optim.swa_utils.AveragedModel`.
     """
+    short = {name: name for name in names}
     for prefix in PREFIXES * 2:
-        own = [name for name in tensors if name != "n_averaged"]
+        own = [name for name in short if name != "n_averaged"]
         if own and all(name.startswith(prefix) and len(name) > len(prefix) for name in own):
-            short = {name.removeprefix(prefix): value for name, value in tensors.items()}
-            tensors = short if len(short) == len(tensors) else tensors
-    return tensors
+            cut = {name.removeprefix(prefix): full for name, full in short.items()}
+            short = cut if len(cut) == len(short) else short
+    return short
 
 
 def state_dict_of(root: Any, kind: type[T], refuse: Callable[[str], Any]) -> dict[str, T]:
@@ -89,4 +90,4 @@ def state_dict_of(root: Any, kind: type[T], refuse: Callable[[str], Any]) -> dic
     tensors: dict[str, T] = {}
     for name, value in _flat(root, kind, refuse):
         tensors.setdefault(name, value)
-    return without_prefix(tensors)
+    return tensors
