@@ -45,9 +45,9 @@ def tensor(numel: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> byte
 
 PROGRAMS: dict[str, Callable[[], bytes]] = {
     "a memo index of 2**32": lambda: HEAD + b"Nr\xff\xff\xff\xff\x85" * 2,
-    "empty dictionaries": lambda: HEAD + b"}" * (4 * MB),
-    "marks": lambda: HEAD + b"(" * (4 * MB),
-    "empty lists": lambda: HEAD + b"]" * (4 * MB),
+    "empty dictionaries": lambda: HEAD + b"}" * (14 * MB),
+    "marks": lambda: HEAD + b"(" * (14 * MB),
+    "empty lists": lambda: HEAD + b"]" * (14 * MB),
     "short texts": lambda: HEAD + b"U\x02ab" * (3 * MB) + b".",
     "integers": lambda: HEAD + b"M\xff\xff" * (3 * MB) + b".",
     "more than it may have": lambda: HEAD + b"N0" * (9 * MB) + b".",
