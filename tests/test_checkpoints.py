@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import normwise as nw
 from normwise.errors import CheckpointError, NormwiseError
-from normwise.interop.checkpoints import StoredNorm, open_checkpoint
+from normwise.interop.checkpoints import StoredNorm, group_norms, open_checkpoint
 
 FORMATS = {"safetensors": "safetensors", "pt": "pickle", "pth": "pickle", "pt2": "exported",
            "onnx": "onnx"}  # fmt: skip
@@ -287,6 +287,30 @@ def test_tensors_of_a_norm_that_do_not_fit(change: make.State, got: str, put: Pu
     text = refusal(put("m.pt", make.saved({**make.state(), **change})))
     assert "'1'" in text
     assert got in text
+
+
+def shapes(state: make.State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(t.shape) for name, t in state.items()}
+
+
+def test_state_dicts_in_memory_by_the_same_rules() -> None:
+    state = {**make.state(), "ln_1.weight": torch.ones(2), "ln_1.bias": torch.ones(2)}
+    norms = {norm.name: norm for norm in group_norms(shapes(state), state.__getitem__)}
+    assert {name: norm.kind for name, norm in norms.items()} == {
+        "1": "batch_norm", "4": "batch_norm", "ln_1": "layer_norm"}  # fmt: skip
+    assert holds(norms["4"], state, "4")
+    state["4.running_var"] = torch.ones(3)
+    with pytest.raises(CheckpointError, match=r"'4' in 'state_dict' with .*running_var \(3,\)"):
+        group_norms(shapes(state), state.__getitem__)
+
+
+def test_counters_cast_with_the_weights(put: Put) -> None:
+    state = make.state()
+    state["1.num_batches_tracked"] = torch.tensor(1000.0).half()
+    state["4.num_batches_tracked"] = torch.tensor(100_000.0).half()
+    norms = norms_of(put("half.pt", make.saved(state)))
+    assert same(norms["1"].num_batches_tracked, torch.tensor(1000))
+    assert norms["4"].num_batches_tracked is None
 
 
 # Pickles that want more than tensors

@@ -6,8 +6,8 @@
 files. ``state_dicts`` finds the model in what was saved, ``grouping`` the norms in its names.
 """
 
-from normwise.interop.checkpoints.checkpoint import Checkpoint, StoredNorm
+from normwise.interop.checkpoints.checkpoint import Checkpoint, StoredNorm, group_norms
 from normwise.interop.checkpoints.opening import open_checkpoint
 from normwise.interop.checkpoints.tensors import TensorInfo
 
-__all__ = ["Checkpoint", "StoredNorm", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "StoredNorm", "TensorInfo", "group_norms", "open_checkpoint"]
