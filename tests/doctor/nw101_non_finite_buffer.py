@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import torch
-from doctor import Case, Cases, net, norm
 from torch import nn
+
+from doctor import Case, Cases, net, norm
 
 
 def infinite_batch() -> Case:
