@@ -63,8 +63,8 @@ class DoubleUpdate(Rule):
             if 2 <= times <= _LARGEST and abs(count / usual - times) <= _TOLERANCE * times:
                 yield self.finding(
                     norm.name,
-                    f"its statistics were updated {count} times, {times} times as often as usual in "
-                    f"this model ({usual})",
+                    f"its statistics were updated {count} times, {times} times as often as usual "
+                    f"in this model ({usual})",
                     "a norm or a domain for each population; under activation checkpointing, "
                     "nw.checkpoint_contexts",
                     num_batches_tracked=count,
@@ -74,19 +74,15 @@ class DoubleUpdate(Rule):
         # The stem of a checkpointed network is not recomputed: the few are right, the many doubled.
         # Exactly so, since by chance (a stem that was frozen half way) counts fall close at most.
         for times in (2, 3, 4):
-            few = [
-                n
-                for n in counted
-                if n.num_batches_tracked and n.num_batches_tracked * times == usual
-            ]
+            few = [n.name for n in counted if times * (n.num_batches_tracked or 0) == usual]
             if few:
                 yield self.finding(
                     "",
                     f"{counts[usual]} of {len(counted)} norms were updated {usual} times, exactly "
-                    f"{times} times as often as {', '.join(n.name for n in few[:3])}",
+                    f"{times} times as often as {', '.join(few[:3])}",
                     "under activation checkpointing, nw.checkpoint_contexts",
                     confidence="low",
                     usual=usual,
                     times=times,
-                    layers=[n.name for n in few[:8]],
+                    layers=few[:8],
                 )

@@ -41,8 +41,8 @@ class ForeignMomentum(Rule):
     statistics, say so: ``update_stats=False`` or ``nw.convert(model, "frozen")``.
 
     ## Sources
-    ``torch.nn.BatchNorm2d``, the note on momentum; ``keras.layers.BatchNormalization``, the argument
-    momentum; ``normwise.interop.conventions``.
+    ``torch.nn.BatchNorm2d``, the note on momentum; ``keras.layers.BatchNormalization``, the
+    argument momentum; ``normwise.interop.conventions``.
     """
 
     code = "NW107"
@@ -70,7 +70,7 @@ class ForeignMomentum(Rule):
                     norm.name,
                     "momentum=0: the running statistics never move"
                     + ("" if frozen else ", and are still the constructor's, 0 and 1"),
-                    "if they are to be frozen, nw.convert(model, 'frozen') says so; else momentum=0.1",
+                    "nw.convert(model, 'frozen') if they are to be frozen, else momentum=0.1",
                     severity="info" if frozen else "warning",
                     confidence="medium",
                     repair=None if frozen else _repair(DEFAULT_MOMENTUM),

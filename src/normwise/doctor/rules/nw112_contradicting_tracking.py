@@ -58,8 +58,8 @@ class ContradictingTracking(Rule):
             elif not flag and buffers:
                 yield self.finding(
                     norm.name,
-                    "track_running_stats=False, but there are buffers: eval normalizes by them, and "
-                    "training does not move them",
+                    "track_running_stats=False, but there are buffers: eval normalizes by them, "
+                    "and training does not move them",
                     "remove the buffers too, or set the flag",
                     # The outputs stay the same, but training moves buffers from here on.
                     repair=Repair(

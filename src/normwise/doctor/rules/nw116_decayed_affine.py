@@ -60,8 +60,8 @@ class DecayedAffine(Rule):
         if found:  # one finding: it is one setting of the optimizer, not a fault of each layer
             yield self.finding(
                 "",
-                f"weight decay {max(found.values()):g} on γ or β of {len(found)} of {affine} norms: "
-                f"{', '.join(list(found)[:3])}{', …' if len(found) > 3 else ''}",
+                f"weight decay {max(found.values()):g} on γ or β of {len(found)} of {affine} "
+                f"norms: {', '.join(list(found)[:3])}{', …' if len(found) > 3 else ''}",
                 "a group of the optimizer for vectors, with weight_decay=0",
                 norms=len(found),
                 of=affine,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import torch
 
-from normwise.doctor.figures import first
 from normwise.doctor.finding import Finding, Repair
 from normwise.doctor.rule import Rule
 from normwise.doctor.subject import NormState, Subject
@@ -69,11 +68,11 @@ class BiasedVariance(Rule):
         n = factor / (factor - 1)
         assert norm.running_var is not None
         assert norm.var is not None
+        low, high = ("here", f"of {peer}") if smaller else (f"of {peer}", "here")
         return self.finding(
             norm.name,
-            f"the running variances {'here' if smaller else f'of {peer}'} are {1 / factor:.5g} times "
-            f"those {f'of {peer}' if smaller else 'here'} in all channels, (n - 1)/n of "
-            f"n = {n:.4g}: a biased variance against an unbiased one",
+            f"the running variances {low} are {1 / factor:.5g} times those {high} in all channels, "
+            f"(n - 1)/n for n = {n:.4g}: a biased variance against an unbiased one",
             "keep the unbiased variance, as torch.nn does",
             severity="warning" if factor - 1 >= _SHOWS * 0.999 else "info",
             repair=Repair(
@@ -87,7 +86,6 @@ class BiasedVariance(Rule):
             ratio=factor,
             biased="here" if smaller else peer,
             peer=peer,
-            which=first(torch.ones_like(norm.var)),
         )
 
 
