@@ -1,1 +1,1 @@
-"""Other frameworks: what their batch norms are by convention, and files that hold norms."""
+"""What comes from outside: files that others wrote, conventions that others keep."""
