@@ -26,17 +26,17 @@ def _trained(norm: NormState) -> bool:
 class NeverUpdated(Rule):
     """## What it finds
     Running statistics that are still the constructor's, mean 0 and variance 1, although the
-    parameters were trained (error); or although other norms of the model moved (info). Statistics
-    that moved while ``num_batches_tracked`` is 0 (info; a warning with ``momentum=None``).
+    parameters were trained (error); or although other norms of the model moved (info). With
+    ``momentum=None``: statistics that moved while ``num_batches_tracked`` is 0 (warning).
 
     ## Why it is bad
     In eval mode such a layer does not normalize: it computes γ·x + β of whatever comes in, while
     every layer after it was trained on normalized values. Training looks healthy, eval is noise.
     It happens when the norm trained in eval mode or with ``momentum=0``, when buffers were left out
     of a checkpoint or of ``load_state_dict(strict=False)``, and when a port copied only parameters.
-    A count of 0 under statistics that moved is harmless to an exponential average (they come from
-    another framework, or from a checkpoint older than the counter); with ``momentum=None`` the
-    next batch replaces them altogether, since its weight is 1 / (0 + 1).
+    A count of 0 under statistics that moved (they come from another framework, or from a checkpoint
+    older than the counter) is harmless to an exponential average; with ``momentum=None`` the next
+    batch replaces them altogether, since its weight is 1 / (0 + 1).
 
     ## Example
     ```python
@@ -67,7 +67,7 @@ class NeverUpdated(Rule):
         for norm in norms:
             n = norm.num_batches_tracked
             if not norm.untouched:
-                if n == 0:
+                if n == 0 and norm.cumulative:
                     yield self._uncounted(norm)
             elif _trained(norm):
                 yield self.finding(
@@ -98,11 +98,9 @@ class NeverUpdated(Rule):
     def _uncounted(self, norm: NormState) -> Finding:
         return self.finding(
             norm.name,
-            "num_batches_tracked is 0, but the running statistics are not 0 and 1"
-            + (": with momentum=None the next batch replaces them" if norm.cumulative else ""),
-            "set num_batches_tracked to the batches that the statistics stand for"
-            if norm.cumulative
-            else "nothing, unless you expected training to go on from a counter",
-            severity="warning" if norm.cumulative else "info",
+            "num_batches_tracked is 0, but the running statistics are not 0 and 1: with "
+            "momentum=None the next batch replaces them",
+            "set num_batches_tracked to the batches that the statistics stand for",
+            severity="warning",
             num_batches_tracked=0,
         )
