@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.utils.data import SequentialSampler
 
 from normwise.functional import batch_moments
 from normwise.graph.run import tensors_in
@@ -32,8 +33,8 @@ class Seen:
     order of the calls. largest: the largest finite magnitude of an input. nonfinite: how many
     values were not finite. dtypes: of the inputs. shapes: of the inputs, in order. repeated: the
     share of positions at the end of the sequences that repeat the last one, over all channels
-    (inputs (N, C, L) without a mask; the last position itself is not counted). masked: whether any
-    call gave a mask.
+    (rank 3 without a mask; the last position itself is not counted). masked: whether any call gave
+    a mask.
     """
 
     calls: list[Moments] = field(default_factory=list)
@@ -58,11 +59,13 @@ class Loader:
     batch_size: int | None = None
     drop_last: bool | None = None
     samples: int | None = None
+    shuffled: bool | None = None
 
     @classmethod
     def of(cls, data: Any) -> Loader:
         size, drop = getattr(data, "batch_size", None), getattr(data, "drop_last", None)
         sampler = getattr(data, "sampler", None)
+        shuffled = None if sampler is None else not isinstance(sampler, SequentialSampler)
         try:
             samples = len(sampler if sampler is not None else data.dataset)
         except (TypeError, AttributeError, NotImplementedError):
@@ -71,6 +74,7 @@ class Loader:
             size if isinstance(size, int) else None,
             drop if isinstance(drop, bool) else None,
             samples,
+            shuffled,
         )
 
     @property
@@ -196,8 +200,9 @@ class _Watch:
         seen.nonfinite += int(x.numel() - finite.sum())
         if x.numel():
             seen.largest = max(seen.largest, float(torch.where(finite, x, 0).abs().max()))
-        if x.dim() == 3 and axis in (1, -2) and not seen.masked:
-            seen.repeated = max(seen.repeated, _repeated(x))
+        if x.dim() == 3 and not seen.masked:
+            along = x if axis in (1, -2) else x.transpose(1, 2)
+            seen.repeated = max(seen.repeated, _repeated(along))
         if place < len(seen.calls):
             seen.calls[place] = seen.calls[place].merge(moments)
         else:
