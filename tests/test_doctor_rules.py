@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,12 +56,19 @@ def decaying(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-@pytest.fixture(scope="session")
-def trained() -> Iterator[tuple[nn.Module, Any]]:
-    """The network after 154 steps on the digits (98 % right on images it never saw), and its
-    data."""
+@pytest.fixture(autouse=True, scope="module")
+def _alone() -> Iterator[None]:
+    """One thread: these batches are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def trained() -> tuple[nn.Module, Any]:
+    """The network after 154 steps on the digits (98 % right on images it never saw), and its
+    data."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Digits()
@@ -74,8 +82,7 @@ def trained() -> Iterator[tuple[nn.Module, Any]]:
                 nn.functional.cross_entropy(model(x), y).backward()
                 optimizer.step()
                 plan.step()
-    yield model.eval(), DataLoader(dataset, 64, drop_last=True)
-    torch.set_num_threads(threads)
+    return model.eval(), DataLoader(dataset, 64, drop_last=True)
 
 
 @torch.no_grad()
@@ -120,6 +127,28 @@ def test_a_file_is_named_after_its_rule(rule: Rule) -> None:
     file = type(rule).__module__.rpartition(".")[2]
     assert file == f"{rule.code}_{rule.name}".lower().replace("-", "_")
     assert MODULES[rule.code].__name__ == f"doctor.{file}"
+
+
+class Recorder:
+    """``normwise``, whose checks are kept."""
+
+    def __init__(self) -> None:
+        self.reports: list[CheckReport] = []
+
+    def check(self, *args: Any, **kwargs: Any) -> CheckReport:
+        self.reports.append(nw.check(*args, **kwargs))
+        return self.reports[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(nw, name)
+
+
+@pytest.mark.parametrize("rule", [r for r in all_rules() if "nw.check(" in r.page()])
+def test_the_example_of_a_page_is_found(rule: Rule) -> None:
+    recorder = Recorder()
+    for block in re.findall(r"```python\n(.*?)```", rule.page(), re.DOTALL):
+        exec(compile(block, rule.code, "exec"), {"torch": torch, "nw": recorder})
+    assert rule.code in {f.code for report in recorder.reports for f in report.findings}
 
 
 def test_codes_and_names_are_unique() -> None:

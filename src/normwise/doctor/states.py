@@ -15,7 +15,7 @@ from normwise.doctor.subject import NormState
 from normwise.errors import InputError, message
 from normwise.nn import FrozenBatchNorm
 
-__all__ = ["of_file", "of_model", "of_state_dict"]
+__all__ = ["of_file", "of_model", "of_state_dict", "tensors_in"]
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((_BatchNorm, FrozenBatchNorm), "batch_norm"),
@@ -80,17 +80,24 @@ def of_state_dict(state: Mapping[str, Any]) -> list[NormState]:
     return [_of_stored(stored) for stored in checkpoint.norms()]
 
 
+def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the one that it wraps, by their names there."""
+    from normwise.interop.checkpoints.state_dicts import state_dict_of
+
+    found = state_dict_of(state, Tensor, _refuse) if isinstance(state, dict) else dict(state)
+    held = {k: t for k, t in found.items() if isinstance(t, Tensor) and not t.is_meta}
+    if not held:
+        _refuse(f"a {type(state).__name__} with {len(state)} entries and no tensor")
+    return held
+
+
 class _Held:
     """A state dict as the content of a checkpoint."""
 
     def __init__(self, state: Mapping[str, Any]) -> None:
-        from normwise.interop.checkpoints.state_dicts import state_dict_of
         from normwise.interop.checkpoints.tensors import TensorInfo
 
-        self.state = {k: t for k, t in state_dict_of(dict(state), Tensor, _refuse).items()
-                      if not t.is_meta}  # fmt: skip
-        if not self.state:
-            _refuse(f"a {type(state).__name__} with {len(state)} entries and no tensor")
+        self.state = tensors_in(state)
         self.tensors = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in self.state.items()}
 
     def load(self, name: str) -> Tensor:

@@ -24,7 +24,7 @@ class DoubleUpdate(Rule):
     which runs the forward again in the backward) the effective momentum is 1 - (1 - m)^k: 0.19 for
     m = 0.1 and k = 2, so the average forgets twice as fast and is noisier. With several populations
     (a norm shared by two branches, or by the frames of a clip) training normalizes each by its own
-    batch, and eval all by one average that fits none of them; rule NW302 measures that.
+    batch, and eval all by one average that fits none of them; rule NW304 measures that.
 
     ## Example
     ```python
