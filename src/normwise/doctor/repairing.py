@@ -217,18 +217,27 @@ def _edit(
                 _set(model.get_submodule(layer), edit, undo)
         anew = [(layer, edit) for layer, edit in plan.applied if edit.recalibrate]
         if anew:
-            layers = [model.get_submodule(layer) for layer in dict(anew)]
+            layers: list[Any] = [model.get_submodule(layer) for layer in dict(anew)]
+            counts = [(m, int(m.num_batches_tracked)) for m in layers if _counted(m)]
             done = recalibrate(
                 model, data, forward=forward, batches=batches, layers=layers,
                 progress=False, inplace=True,
             )  # fmt: skip
             undo.append(done.undo)
+            # Batches that were pooled are no steps of an exponential average, whose count is to
+            # say how much of the initial values is left (NW108). A plain average goes on from it.
+            for module, count in counts:
+                module.num_batches_tracked.fill_(max(count, int(module.num_batches_tracked)))
         for layer, edit in anew:
             _set(model.get_submodule(layer), edit, undo)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
+
+
+def _counted(module: Any) -> bool:
+    return module.momentum is not None and module.num_batches_tracked is not None
 
 
 def _set(module: nn.Module, edit: Repair, undo: list[Callable[[], object]]) -> None:
