@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -326,6 +327,18 @@ def test_pages_are_written(tmp_path: Path) -> None:
     assert "of yesterday" not in overview
     assert "[NW102](rules/nw102.md) | negative-variance | error |" in overview
     assert len(list((tmp_path / "rules").iterdir())) == len(all_rules())
+
+
+# The example
+
+
+def test_the_example_finds_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "doctor.py"))
+    rows = example["main"](["--epochs", "3"])
+    expected = {"NW101", "NW103", "NW107", "NW108"}
+    assert expected <= set().union(*(codes for _, _, codes in rows.values()))
+    assert all(after > 0.9 and after >= before for before, after, _ in rows.values())
+    assert "as trained" in capsys.readouterr().out
 
 
 def test_rules_are_in_order() -> None:
