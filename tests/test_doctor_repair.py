@@ -7,6 +7,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import doctor
@@ -190,6 +191,20 @@ def test_a_recalibration_serves_several_findings() -> None:
     assert [e.action for e in report] == ["fixed", "fixed"]
 
 
+def test_constants_are_left() -> None:
+    frozen = nw.nn.FrozenBatchNorm(8)
+    frozen.running_var[0] = float("nan")
+    _, report = nw.repair(net(bn=frozen), data=[torch.randn(4, 8, 2, 2)])
+    assert reasons(report) == ["its statistics are constants or not tracked: load them anew"]
+
+
+def test_a_tensor_that_is_computed_is_left() -> None:
+    bn = loud()
+    torch.nn.utils.parametrize.register_parametrization(bn, "weight", nn.Identity())
+    _, report = nw.repair(net(bn=bn), unsafe=True)
+    assert "does not hold the tensors" in reasons(report)[0]
+
+
 def test_chosen_findings_alone() -> None:
     model = net(bn1=norm(momentum=0.99), bn2=norm(momentum=0.99))
     found = [f for f in nw.check(model).findings if f.layer == "bn2"]
@@ -304,6 +319,12 @@ def test_a_state_dict_in_place_and_nested() -> None:
     assert float(inner["module.bn.weight"][2]) == 150
     nw.repair(given, unsafe=True, inplace=True)
     assert float(inner["module.bn.weight"][2]) == 0
+
+
+def test_a_mapping_that_is_no_dict() -> None:
+    repaired, report = nw.repair(MappingProxyType(net(bn=loud()).state_dict()), unsafe=True)
+    assert report.fixed
+    assert float(repaired["bn.weight"][2]) == 0
 
 
 def test_what_only_a_module_has_is_left_in_a_checkpoint() -> None:
