@@ -77,7 +77,7 @@ class Sharded:
 
     def _index(self, file: Region) -> dict[str, str]:
         try:
-            content = parse_json(file.read())
+            content = parse_json(file.read(0, min(file.size, DESCRIPTION + 1)))
             places = content.get("weight_map")
         except ValueError as error:
             file.refuse(f"an index that cannot be read ({shown(str(error), 200)})")
