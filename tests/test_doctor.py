@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ import normwise as nw
 from normwise.doctor import Config, Finding, all_rules, pages, rule
 from normwise.errors import CheckpointError, InputError
 from normwise.interop.conventions import CONVENTIONS, convention
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _alone() -> Iterator[None]:
+    """One thread: these batches are small."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def faulty() -> nn.Module:
@@ -334,7 +344,7 @@ def test_pages_are_written(tmp_path: Path) -> None:
 
 def test_the_example_finds_and_repairs(capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(Path(__file__).parent.parent / "examples" / "doctor.py"))
-    rows = example["main"](["--epochs", "3"])
+    rows = example["main"](["--epochs", "2"])
     expected = {"NW101", "NW103", "NW107", "NW108"}
     assert expected <= set().union(*(codes for _, _, codes in rows.values()))
     assert all(after > 0.9 and after >= before for before, after, _ in rows.values())
