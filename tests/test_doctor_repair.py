@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 from collections import OrderedDict
@@ -33,9 +34,14 @@ FIRES = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _alone() -> Iterator[None]:
+    """One thread, since these batches are small; and what is alive now is nothing to collect: each
+    recorded run collects garbage, which took 0.2 s with all that pytest holds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
