@@ -24,10 +24,10 @@ _FAMILIES = {
 
 
 def _finds(rule: Rule) -> str:
-    """The first sentence of the page, without what stands in brackets."""
+    """The first sentence of the page, without words in brackets (formulas stay)."""
     text = rule.page().partition("## What it finds")[2].partition("##")[0]
     sentence = " ".join(text.split()).partition(". ")[0]
-    return re.sub(r" \([^()]*\)", "", sentence).rstrip(".") + "."
+    return re.sub(r" \([^()]*[a-z]{4}[^()]*\)", "", sentence).rstrip(".") + "."
 
 
 def _needs(rule: Rule) -> str:
