@@ -1,0 +1,50 @@
+"""One value in a table: what is read, and what it is sorted by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+__all__ = ["Cell", "cell", "finite", "is_number", "shown"]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def finite(value: Any) -> float | None:
+    """``value`` as a number that can be drawn, or None."""
+    return float(value) if is_number(value) and math.isfinite(value) else None
+
+
+def shown(value: Any) -> str:
+    """``value`` as it is read: numbers to three digits, nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} = {shown(v)}" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(shown, value))
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """``key`` is the number that the column is sorted by, where the text is not what to sort by."""
+
+    text: str
+    key: str | None = None
+
+
+def cell(value: Any) -> Cell:
+    """Numbers sort by all their digits; a pair (before, after) by the latter."""
+    last = value[-1] if isinstance(value, (list, tuple)) and value else value
+    if is_number(last):
+        # NaN is no place in an order: like nothing, it goes last.
+        return Cell(shown(value), None if math.isnan(last) else repr(float(last)))
+    return Cell(shown(value))
