@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 __all__ = ["Cell", "cell", "finite", "is_number", "shown"]
+
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 def is_number(value: Any) -> bool:
@@ -17,11 +22,18 @@ def is_number(value: Any) -> bool:
 
 def finite(value: Any) -> float | None:
     """``value`` as a number that can be drawn, or None."""
-    return float(value) if is_number(value) and math.isfinite(value) else None
+    try:
+        return float(value) if is_number(value) and math.isfinite(value) else None
+    except OverflowError:  # an int of 400 digits
+        return None
 
 
 def shown(value: Any) -> str:
-    """``value`` as it is read: numbers to three digits, nothing for None."""
+    """``value`` as it is read: numbers to three digits, nothing for None.
+
+    What cannot be seen and changes what is (control characters, marks that turn the direction of
+    writing) is spelled out: names come from files of strangers.
+    """
     if value is None:
         return ""
     if isinstance(value, float):
@@ -30,7 +42,7 @@ def shown(value: Any) -> str:
         return ", ".join(f"{k} = {shown(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value))
-    return str(value)
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,10 @@ def cell(value: Any) -> Cell:
     """Numbers sort by all their digits; a pair (before, after) by the latter."""
     last = value[-1] if isinstance(value, (list, tuple)) and value else value
     if is_number(last):
+        try:
+            key = float(last)
+        except OverflowError:
+            key = math.copysign(math.inf, last)
         # NaN is no place in an order: like nothing, it goes last.
-        return Cell(shown(value), None if math.isnan(last) else repr(float(last)))
+        return Cell(shown(value), None if math.isnan(key) else repr(key))
     return Cell(shown(value))

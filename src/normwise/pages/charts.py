@@ -46,7 +46,7 @@ def _value(axis: Axis, row: Mapping[str, Any]) -> Any:
     """What is drawn; None if nothing can be."""
     value = row.get(axis.key)
     if axis.kind != "number":
-        return None if value is None else str(value)
+        return None if value is None else shown(value)
     number = finite(value)
     if number is None or (axis.log and number <= 0):
         return None
@@ -75,7 +75,7 @@ def _data(chart: Chart, rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, A
             continue
         if chart.color is not None:
             mark["c"] = shown(row.get(chart.color.key))
-        mark["l"] = None if key is None or row.get(key) is None else str(row[key])
+        mark["l"] = None if key is None or row.get(key) is None else shown(row[key])
         if chart.band is not None:
             lower, upper = (finite(row.get(k)) for k in chart.band)
             if lower is not None and upper is not None:
@@ -92,7 +92,10 @@ def _axis(axis: Axis, name: str, *, named: bool = True) -> dict[str, Any]:
         form = axis.format or (".0e" if axis.log else None)
         if form:
             look["format"] = form
+        if form == "~d":
+            look["tickMinStep"] = 1
         if axis.log:
+            look["ticks"] = False
             look["gridOpacity"] = {"condition": {"test": _DECADE, "value": 1}, "value": 0}
         return {"field": name, "type": "quantitative", "scale": scale, "axis": look}
     if named:
@@ -109,8 +112,10 @@ def _color(chart: Chart, marks: list[dict[str, Any]]) -> dict[str, Any]:
     if axis.kind == "severity":
         domain, colors = list(SEVERITIES), list(SEVERITY_COLORS)
     else:
-        domain = _distinct(mark["c"] for mark in marks)
-        colors = [PALETTE[i % len(PALETTE)] for i in range(len(domain))]
+        used = _distinct(mark["c"] for mark in marks)
+        known = _distinct([*axis.values, *used])
+        domain = [name for name in known if name in used]
+        colors = [PALETTE[known.index(name) % len(PALETTE)] for name in domain]
     scale = {"domain": domain, "range": colors}
     return {"field": "c", "type": "nominal", "scale": scale, "legend": {"title": None}}
 
@@ -165,7 +170,7 @@ def _marks(
     layers: list[dict[str, Any]] = []
     if chart.band is not None:
         borders = {"x": x, "y": {**y, "field": "lo"}, "y2": {"field": "hi"}}
-        layers.append({"mark": {"type": "area", "opacity": 0.2}, "encoding": borders})
+        layers.append({"mark": {"type": "area", "fillOpacity": 0.2}, "encoding": borders})
     layers.append({"mark": {"type": "line", "strokeWidth": 2}, "encoding": across})
     # The point nearest to the pointer answers, not only the pixel under it.
     near = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout"}

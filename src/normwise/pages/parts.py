@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from normwise.files import write_atomically
+from normwise.pages.cells import shown
 
 __all__ = ["SEVERITIES", "Axis", "Chart", "Column", "Page", "Section", "Table"]
 
@@ -41,7 +42,7 @@ class Table:
         """The module that a row is about."""
         for column in self.columns:
             if column.kind == "layer" and row.get(column.key):
-                return str(row[column.key])
+                return shown(row[column.key])
         return None
 
 
@@ -51,7 +52,8 @@ class Axis:
 
     kind: 'number', 'category', 'severity' or 'layer' (a module's name). log: a logarithmic scale;
     what is not above 0 is not drawn, and the page says how many that were. format: of the labels,
-    as d3-format has it (``'.0%'``).
+    as d3-format has it (``'.0%'``). values: all categories, where charts shall give them the same
+    colours though not each has all.
     """
 
     key: str
@@ -59,6 +61,7 @@ class Axis:
     kind: Literal["number", "category", "severity", "layer"] = "number"
     log: bool = False
     format: str | None = None
+    values: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,5 @@ class Page:
         Raises:
             OutputError: if ``path`` cannot be written to.
         """
-        # Names come from files of strangers: half a surrogate pair is no reason to fail.
-        page = self.html().encode("utf-8", "backslashreplace")
+        page = self.html().encode()
         write_atomically(path, lambda file: file.write(page))

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
+from markupsafe import Markup, escape
+
 from normwise.pages.cells import cell
 from normwise.pages.charts import Drawing, drawing
 from normwise.pages.library import HOW_TO_GET_CHARTS, charts_library
@@ -37,13 +39,20 @@ def _asset(name: str) -> str:
 def _environment() -> Environment:
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    return Environment(
+    environment = Environment(
         loader=FunctionLoader(_asset),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["breakable"] = _breakable
+    return environment
+
+
+def _breakable(name: str) -> Markup:
+    """A module's name, which may go on in the next line after a dot."""
+    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
 
 
 def _hash(script: str) -> str:

@@ -52,13 +52,14 @@
   async function draw(figure, { spec, layers }) {
     const drawing = figure.querySelector(".drawing");
     drawing.hidden = false;
-    const narrow = drawing.clientWidth < 420;
+    const longest = Math.max(1, ...spec.data.values.map((mark) => mark.c?.length ?? 0));
+    const columns = Math.max(1, Math.floor(drawing.clientWidth / (LETTER * longest + 26)));
     const params = spec.params.map((p) => (p.name === "room" ? { ...p, value: room(drawing.clientWidth) } : p));
     const config = {
       background: "transparent",
       view: { stroke: null },
       axis: { labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal", domain: false, tickColor: "#7f8994" },
-      legend: { orient: "top", labelFontSize: 12, labelLimit: 0, columns: narrow ? 2 : 0, symbolOpacity: 1 },
+      legend: { orient: "top", labelFontSize: 12, labelLimit: 0, columns, symbolOpacity: 1 },
     };
     // ast: expressions are interpreted, as the policy of the page forbids to compile them.
     const options = { mode: "vega-lite", renderer: "svg", actions: false, ast: true, config };
@@ -74,7 +75,7 @@
       if (name !== undefined && name !== null) window.pageLayers.pick(name);
     });
     new ResizeObserver(() => {
-      view.signal("room", room(drawing.clientWidth)).run();
+      view.signal("room", room(drawing.clientWidth)).resize().run();
     }).observe(drawing);
     if (layers.length > 0) {
       drawing.tabIndex = 0;
