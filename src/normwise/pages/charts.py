@@ -88,7 +88,7 @@ def _axis(axis: Axis, name: str, *, named: bool = True) -> dict[str, Any]:
     """An encoding. named: there is room for the names of categories."""
     if axis.kind == "number":
         scale: dict[str, Any] = {"type": "log"} if axis.log else {"zero": False, "nice": True}
-        look: dict[str, Any] = {"title": axis.label, "tickCount": 5}
+        look: dict[str, Any] = {"tickCount": 5}
         form = axis.format or (".0e" if axis.log else None)
         if form:
             look["format"] = form
@@ -97,12 +97,13 @@ def _axis(axis: Axis, name: str, *, named: bool = True) -> dict[str, Any]:
         if axis.log:
             look["ticks"] = False
             look["gridOpacity"] = {"condition": {"test": _DECADE, "value": 1}, "value": 0}
-        return {"field": name, "type": "quantitative", "scale": scale, "axis": look}
+        own = {"field": name, "title": axis.label}
+        return {**own, "type": "quantitative", "scale": scale, "axis": look}
     if named:
         look = {"title": None, "labelExpr": _TRIMMED, "labelLimit": 0, "ticks": False}
     else:
         look = {"title": f"{axis.label}, in order", "labels": False, "ticks": False}
-    return {"field": name, "type": "nominal", "sort": None, "axis": look}
+    return {"field": name, "title": axis.label, "type": "nominal", "sort": None, "axis": look}
 
 
 def _color(chart: Chart, marks: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,7 +118,8 @@ def _color(chart: Chart, marks: list[dict[str, Any]]) -> dict[str, Any]:
         domain = [name for name in known if name in used]
         colors = [PALETTE[known.index(name) % len(PALETTE)] for name in domain]
     scale = {"domain": domain, "range": colors}
-    return {"field": "c", "type": "nominal", "scale": scale, "legend": {"title": None}}
+    own = {"field": "c", "title": axis.label, "type": "nominal"}
+    return {**own, "scale": scale, "legend": {"title": None}}
 
 
 def _tooltip(chart: Chart) -> list[dict[str, Any]]:
@@ -223,7 +225,7 @@ def drawing(chart: Chart) -> Drawing:
             {"name": "series", "select": {"type": "point", "fields": ["c"]}, "bind": "legend"}
         )
     if chart.choose and modules:
-        menu = {"input": "select", "options": list(modules), "name": "layer"}
+        menu = {"input": "select", "options": list(modules), "name": "Show layer"}
         params.append({"name": "chosen", "value": modules[0], "bind": menu})
         spec["transform"] = [{"filter": "datum.l === chosen"}]
     notes = []

@@ -79,9 +79,7 @@
     }).observe(drawing);
     if (layers.length > 0) {
       drawing.tabIndex = 0;
-      drawing.setAttribute("role", "group");
-      const title = figure.querySelector("strong").textContent;
-      drawing.setAttribute("aria-label", `${title}: arrows go from layer to layer, Enter to the row`);
+      drawing.setAttribute("aria-keyshortcuts", "ArrowLeft ArrowRight Enter");
       keys(drawing, layers);
     }
   }
