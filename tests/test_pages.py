@@ -102,7 +102,7 @@ def test_a_long_run_is_thinned_evenly_and_that_is_said() -> None:
     assert {m["l"] for m in kept} == {"a", "b", "c"}
     assert kept[0]["x"] == 0
     assert kept[-1]["x"] == pytest.approx(places - 1)
-    assert drawing(chart).notes == (f"every 3th place of {3 * places} values is drawn",)
+    assert drawing(chart).notes == (f"one step in 3 is drawn, of {3 * places:,} values",)
 
 
 def test_severities_and_given_values_keep_their_colours() -> None:

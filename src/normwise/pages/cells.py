@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-__all__ = ["Cell", "cell", "finite", "is_number", "shown"]
+__all__ = ["Cell", "cell", "finite", "is_number", "shown", "visible"]
 
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
@@ -28,12 +28,17 @@ def finite(value: Any) -> float | None:
         return None
 
 
-def shown(value: Any) -> str:
-    """``value`` as it is read: numbers to three digits, nothing for None.
+def visible(text: str) -> str:
+    """``text`` with what cannot be seen, and changes what can, spelled out.
 
-    What cannot be seen and changes what is (control characters, marks that turn the direction of
-    writing) is spelled out: names come from files of strangers.
+    Control characters, marks that turn the direction of writing, halves of surrogate pairs: names
+    come from files of strangers.
     """
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown(value: Any) -> str:
+    """``value`` as it is read: numbers to three digits, nothing for None."""
     if value is None:
         return ""
     if isinstance(value, float):
@@ -42,7 +47,7 @@ def shown(value: Any) -> str:
         return ", ".join(f"{k} = {shown(v)}" for k, v in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value))
-    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(value))
+    return visible(str(value))
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ def cell(value: Any) -> Cell:
         try:
             key = float(last)
         except OverflowError:
-            key = math.copysign(math.inf, last)
+            key = math.inf if last > 0 else -math.inf
         # NaN is no place in an order: like nothing, it goes last.
         return Cell(shown(value), None if math.isnan(key) else repr(key))
     return Cell(shown(value))

@@ -71,7 +71,9 @@ def _data(chart: Chart, rows: list[Mapping[str, Any]]) -> tuple[list[dict[str, A
     for row in rows:
         mark: dict[str, Any] = {name: _value(axis, row) for name, axis in axes.items()}
         if None in mark.values():
-            missing += any(row.get(axis.key) is not None for axis in axes.values())
+            # None was never there; what is there and cannot be drawn is told.
+            bad = (axis.key for name, axis in axes.items() if mark[name] is None)
+            missing += any(row.get(key) is not None for key in bad)
             continue
         if chart.color is not None:
             mark["c"] = shown(row.get(chart.color.key))
@@ -233,7 +235,7 @@ def drawing(chart: Chart) -> Drawing:
         why = "not above 0 or not finite" if chart.x.log or chart.y.log else "not finite"
         notes.append(f"{missing} of {len(rows)} are not drawn: {why}")
     if every > 1:
-        notes.append(f"every {every}th place of {len(chart.rows)} values is drawn")
+        notes.append(f"one step in {every} is drawn, of {len(chart.rows):,} values")
     return Drawing(spec, modules, tuple(notes))
 
 

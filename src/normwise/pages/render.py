@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup, escape
 
-from normwise.pages.cells import cell
+from normwise.pages.cells import cell, visible
 from normwise.pages.charts import Drawing, drawing
 from normwise.pages.library import HOW_TO_GET_CHARTS, charts_library
 from normwise.pages.parts import SEVERITIES, Column, Page, Section, Table
@@ -45,6 +45,9 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
+        # What the page's own files and filters made is Markup, all else is text.
+        finalize=lambda v: visible(v) if isinstance(v, str) and not isinstance(v, Markup) else v,
     )
     environment.filters["breakable"] = _breakable
     return environment
