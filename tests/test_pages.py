@@ -157,19 +157,24 @@ def test_vega_lite_takes_every_kind(kind: Any, more: dict[str, Any]) -> None:
 TABLE = Table(
     "Table",
     [Column("layer", "name", "layer"), Column("v", "v", "number"), Column("none", "never there")],
-    [{"layer": "features.0.bn", "v": 0.123456}, {"layer": "<b>&", "v": None}],
+    [{"layer": "features.denseblock.0.bn", "v": 0.123456}, {"layer": "<b>&", "v": None}],
 )
 
 
 def test_a_table_shows_columns_with_something_in_them() -> None:
     html = Page("t", [Section("s", tables=[TABLE])]).fragment()
     assert re.findall("<th>(.*?)</th>", html) == ["name", "v"]
-    assert re.findall("<td>(.*?)</td>", html) == ["features.0.bn", "0.123", "&lt;b&gt;&amp;", ""]
+    assert re.findall("<td>(.*?)</td>", html) == [
+        "features.denseblock.0.bn",
+        "0.123",
+        "&lt;b&gt;&amp;",
+        "",
+    ]
 
 
 def test_names_break_after_dots_and_stay_text() -> None:
     html = Page("t", [Section("s", tables=[TABLE])]).html()
-    assert "<bdi>features.<wbr>0.<wbr>bn</bdi>" in html
+    assert "<bdi>features.<wbr>denseblock.<wbr>0.<wbr>bn</bdi>" in html
     assert "<bdi>&lt;b&gt;&amp;</bdi>" in html
     assert "<b>" not in html
 

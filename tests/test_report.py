@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ def test_the_same_kind_twice_has_two_anchors(results: dict[str, Any]) -> None:
 def test_a_page_of_something_else(wrong: tuple[Any, ...]) -> None:
     with pytest.raises(InputError, match=r"a page .*; got .*\. Try:"):
         report.compose(*wrong)
+
+
+def test_the_example_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from examples.report import main
+
+    page = main(["--steps", "10", "--out", str(tmp_path / "a.html")]).read_text()
+    assert re.match(r"[1-9]\d* findings before, ", capsys.readouterr().out)
+    ids = [f'id="{name}"' for name in ("check", "recalibration", "check-2", "fold", "int8")]
+    assert [name for name in ids if name not in page] == []
 
 
 # JSON of strangers

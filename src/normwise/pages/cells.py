@@ -44,7 +44,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{k} = {shown(v)}" for k, v in value.items())
+        return ", ".join(f"{k} = {shown(v)}" for k, v in value.items() if v is not None)
     if isinstance(value, (list, tuple)):
         return ", ".join(map(shown, value))
     return visible(str(value))

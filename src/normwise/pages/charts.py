@@ -94,11 +94,11 @@ def _axis(axis: Axis, name: str, *, named: bool = True) -> dict[str, Any]:
         form = axis.format or (".0e" if axis.log else None)
         if form:
             look["format"] = form
-        if form == "~d":
-            look["tickMinStep"] = 1
-        if axis.log:
-            look["ticks"] = False
-            look["gridOpacity"] = {"condition": {"test": _DECADE, "value": 1}, "value": 0}
+        if form == "~d" or axis.log:
+            # Lines and labels at whole numbers, or powers of ten, alone.
+            at = _DECADE if axis.log else "datum.value % 1 === 0"
+            look |= {"ticks": False, "labelExpr": f"{at} ? datum.label : ''"}
+            look["gridOpacity"] = {"condition": {"test": at, "value": 1}, "value": 0}
         own = {"field": name, "title": axis.label}
         return {**own, "type": "quantitative", "scale": scale, "axis": look}
     if named:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fragment", "whole"]
 
+LONG_NAME = 20
+"""Letters. Shorter names stay in one piece."""
 SCRIPTS = ("tables.js", "layers.js", "charts.js")
 
 
@@ -54,8 +56,9 @@ def _environment() -> Environment:
 
 
 def _breakable(name: str) -> Markup:
-    """A module's name, which may go on in the next line after a dot."""
-    return Markup(".<wbr>").join(escape(part) for part in name.split("."))
+    """A module's name; a long one may go on in the next line after a dot."""
+    parts = name.split(".") if len(name) > LONG_NAME else [name]
+    return Markup(".<wbr>").join(map(escape, parts))
 
 
 def _hash(script: str) -> str:

@@ -62,7 +62,7 @@ class EqualizeReport(Report):
                 spreads,
                 x=Axis("layer", "layer", "layer"),
                 y=Axis("spread", "largest over median", log=True),
-                color=Axis("at", "equalization", "category"),
+                color=Axis("at", "equalization", "category", values=("before", "after")),
                 joined=True,
                 rules=[(1.0, "level")],
             ),

@@ -81,7 +81,7 @@ class QuantizationReport(Report):
                 noise,
                 x=layer,
                 y=Axis("snr", "signal to noise in dB"),
-                color=Axis("weights", "weights", "category"),
+                color=Axis("weights", "weights", "category", values=[kind for _, kind in kinds]),
             ),
             Chart(
                 "scatter",
@@ -90,7 +90,7 @@ class QuantizationReport(Report):
                 peaks,
                 x=layer,
                 y=Axis("peak", "peak over root mean square"),
-                color=Axis("model", "model", "category"),
+                color=Axis("model", "model", "category", values=("original", "folded")),
                 joined=True,
             ),
         ]

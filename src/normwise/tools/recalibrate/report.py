@@ -100,7 +100,7 @@ class RecalibrationReport(Report):
             for e in self.entries
             for k, of in (("mean", "mean"), ("var", "variance"))
         ]
-        when = Axis("at", "recalibration", "category")
+        when = Axis("at", "recalibration", "category", values=("before", "after"))
         return [
             Chart(
                 "scatter",
@@ -132,7 +132,7 @@ class RecalibrationReport(Report):
                 check,
                 x=layer,
                 y=Axis("error", "relative error", log=True),
-                color=Axis("of", "of the", "category"),
+                color=Axis("of", "of the", "category", values=("mean", "variance")),
                 rules=[(PROMISE, "promised")],
             ),
         ]
