@@ -103,6 +103,7 @@ def _axis(axis: Axis, name: str, *, named: bool = True) -> dict[str, Any]:
         return {**own, "type": "quantitative", "scale": scale, "axis": look}
     if named:
         look = {"title": None, "labelExpr": _TRIMMED, "labelLimit": 0, "ticks": False}
+        look["labelPadding"] = 8
     else:
         look = {"title": f"{axis.label}, in order", "labels": False, "ticks": False}
     return {"field": name, "title": axis.label, "type": "nominal", "sort": None, "axis": look}
