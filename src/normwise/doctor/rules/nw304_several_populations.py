@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations
+from itertools import permutations
 
 import torch
 
@@ -57,7 +57,7 @@ class SeveralPopulations(Rule):
             if seen is None or len(seen.calls) < 2:
                 continue
             worst: tuple[Shift, int, int] | None = None
-            for (i, a), (j, b) in combinations(enumerate(seen.calls), 2):
+            for (i, a), (j, b) in permutations(enumerate(seen.calls), 2):
                 if int(a.count.min()) < 2 or int(b.count.min()) < 2:
                     continue
                 found = shift(a, b.mean, b.variance(), norm.eps or 1e-5)
