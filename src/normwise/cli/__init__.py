@@ -11,11 +11,11 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import NormwiseError
-from . import demo
+from . import demo, explain
 
 __all__ = ["main"]
 
-SUBCOMMANDS = (demo,)
+SUBCOMMANDS = (demo, explain)
 """Modules with ``register(subparsers)``, which sets ``run(arguments) -> exit code`` as default."""
 
 
