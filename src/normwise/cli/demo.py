@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import message
+from .progress import bar
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -62,41 +61,6 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.set_defaults(run=run)
 
 
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on standard error if that is a terminal; nothing otherwise."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    # No refreshing thread: it would run in the middle of the steps whose time is taken.
-    bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, time left"),
-        TimeRemainingColumn(),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        # isatty too: FORCE_COLOR makes rich take a log file for a terminal.
-        disable=not (console.is_terminal and sys.stderr.isatty()),
-    )
-    with bar:
-        task = bar.add_task("training", total=None, visible=False)
-
-        def show(done: int, steps: int) -> None:
-            bar.update(task, completed=done, total=steps, visible=True, refresh=True)
-
-        yield show
-
-
 def run(arguments: argparse.Namespace) -> int:
     """Runs the demo, prints it, and returns the exit code."""
     from ..demo import require, run
@@ -106,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..demo.summary import print_summary
 
-    with _progress_bar() as progress:
+    with bar("training", "steps") as progress:
         result = run(arguments.quick, arguments.seed, arguments.out, progress=progress)
     if arguments.json:
         json.dump(result.to_dict(), sys.stdout, indent=2, allow_nan=False)
