@@ -42,6 +42,17 @@ $(VENV)/.built: $(BIN)/python $(INPUTS)
 	@$(PIP) --no-deps -e . & build=$$!; $(PIP) torch numpy; got=$$?; wait $$build && test $$got -eq 0
 	@touch $@
 
+# The browser in which the report's pages are tested. Where it cannot be had, those tests are skipped.
+$(VENV)/.browser: $(BIN)/python
+	@for name in chromium chromium-browser google-chrome; do \
+	  command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
+	    >/dev/null || echo "no chromium: the tests of the report in a browser will be skipped"; fi
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.browser
+
 # The extras of the package that stands there already.
 $(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.built
 	@$(PIP) "normwise[$*]"

@@ -31,13 +31,14 @@ LAYERS = (
     {"functional"},
     {"ops"},
     {"results"},
+    {"pages"},
     {"moments", "layout", "activations", "files"},
     {"errors"},
 )
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 BACKENDS = ("reference", "cpu", "triton")
 HEAVY = ("triton", "matplotlib", "plotly", "onnx", "onnxscript", "onnxruntime", "safetensors",
-         "sklearn", "rich", "scipy", "pandas")  # fmt: skip
+         "sklearn", "rich", "scipy", "pandas", "vl_convert")  # fmt: skip
 
 
 def module_name(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..pages import Section
+from ..report.demo import DemoView
 from .network import NORMWISE, PLAIN, TORCH
 from .settings import Settings
 from .train import PERCENTILES, History
@@ -71,11 +74,24 @@ class DemoResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for ``json.dumps``; NaN becomes None."""
         plain = asdict(self)
+        plain["title"] = "demo"
         plain["picture"] = None if self.picture is None else str(self.picture)
         plain["agreement"]["passed"] = self.passed
         plain["step_time_ratio"] = self.step_time_ratio
         cleaned: dict[str, Any] = _plain(plain)
         return cleaned
+
+    def sections(self) -> list[Section]:
+        """What stands on its page."""
+        return DemoView(self.to_dict()).sections()
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one page that needs nothing else (docs/report.md), in one piece.
+
+        Raises:
+            OutputError: if ``path`` cannot be written to.
+        """
+        DemoView(self.to_dict()).page().save(path)
 
 
 def _plain(value: Any) -> Any:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from normwise.doctor.finding import SEVERITIES, Finding
+from normwise.doctor.finding import SEVERITIES, Finding, Repair
+from normwise.pages import Axis, Chart, Column, Table
 from normwise.results import Entry, Report, plain
 
 __all__ = ["CheckReport"]
@@ -65,3 +67,74 @@ class CheckReport(Report):
     def to_dict(self) -> dict[str, Any]:
         found = [f.to_dict() for f in self.findings]
         return {"title": self.title, **plain(self.facts), "findings": found}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> CheckReport:
+        """What :meth:`to_dict` wrote; of a repair it knows what it does, not how."""
+        findings = []
+        for one in data["findings"]:
+            own = {k: v for k, v in one.items() if k not in ("fix", "does")}
+            fix = one.get("fix")
+            repair = None if fix is None else Repair(fix == "safe", str(one.get("does")))
+            findings.append(Finding(**own, repair=repair))
+        return cls(findings, {k: v for k, v in data.items() if k not in ("title", "findings")})
+
+    # The page
+
+    def verdict(self) -> tuple[Literal["good", "bad"], str] | None:
+        bad = len(self.at_least("warning"))
+        if bad:
+            return "bad", f"{bad} finding{'s' * (bad > 1)} to act on"
+        return "good", "nothing to act on"
+
+    def charts(self) -> list[Chart]:
+        severity = Axis("severity", "severity", "severity")
+        count = Axis("findings", "findings", format="~d")
+        layers = Counter((f.layer or "(the model)", f.severity) for f in self.findings)
+        rules = Counter((f"{f.code} {f.rule}", f.severity) for f in self.findings)
+        return [
+            Chart(
+                "bar",
+                "Findings by layer",
+                "How many findings each layer has, by severity; worst layers first.",
+                [{"layer": a, "severity": s, "findings": n} for (a, s), n in layers.items()],
+                x=Axis("layer", "layer", "layer"),
+                y=count,
+                color=severity,
+            ),
+            Chart(
+                "bar",
+                "Findings by rule",
+                "How often each rule found something.",
+                [{"rule": a, "severity": s, "findings": n} for (a, s), n in rules.items()],
+                x=Axis("rule", "rule", "category"),
+                y=count,
+                color=severity,
+            ),
+        ]
+
+    def tables(self) -> list[Table]:
+        columns = [
+            Column("severity", "severity", "severity"),
+            Column("layer", "layer", "layer"),
+            Column("rule", "rule", "category"),
+            Column("message", "what it is"),
+            Column("remedy", "what to do"),
+            Column("evidence", "evidence"),
+            Column("confidence", "confidence"),
+            Column("fix", "fix"),
+        ]
+        rows = [
+            {
+                "severity": f.severity,
+                "layer": f.layer or "(the model)",
+                "rule": f"{f.code} {f.rule}",
+                "message": f.message,
+                "remedy": f.remedy,
+                "evidence": plain(f.evidence),
+                "confidence": f.confidence,
+                "fix": None if f.repair is None else f"{f.fix}: {f.repair.does}",
+            }
+            for f in self.findings
+        ]
+        return [Table("Findings", columns, rows)]
