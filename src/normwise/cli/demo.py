@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import TYPE_CHECKING
 
 from ..errors import message
+from .output import console, print_json
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -35,9 +35,17 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="train on handwritten digits without batch norm, with torch.nn's and with normwise's",
         description="Trains the network of the batch norm paper's figure 1 on 1,797 handwritten "
         "digits three times: without batch norm, with torch.nn's and with normwise's. Prints how "
-        "they fared, checks that the two batch norms agree, and draws the figure.",
-        epilog="Exit codes: 0 fine, 1 the two batch norms disagree, 2 wrong usage, a missing "
-        "package or an output directory that cannot be written to.",
+        "they fared, checks that the two batch norms agree, and draws the figure. With --html the "
+        "trained network is checked, recalibrated and folded too, and all of it is on one page.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  normwise demo
+  normwise demo --quick --html page.html
+  normwise demo --seed 3 --json > demo.json
+
+Exit codes: 0 fine, 1 the two batch norms disagree (or, with --html, the trained network has
+findings), 2 wrong usage, a missing package or an output that cannot be written to.""",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a sixth of the steps: a few seconds in all"
@@ -56,6 +64,11 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="where the picture goes (default: ./normwise-demo)",
     )
     parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="also check, recalibrate and fold the network, and write one page of everything",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, nothing else"
     )
     parser.set_defaults(run=run)
@@ -66,19 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
     from ..demo import require, run
 
     require("sklearn", "matplotlib")
-    from rich.console import Console
-
     from ..demo.summary import print_summary
 
     with bar("training", "steps") as progress:
-        result = run(arguments.quick, arguments.seed, arguments.out, progress=progress)
+        result = run(
+            arguments.quick, arguments.seed, arguments.out, page=arguments.html, progress=progress
+        )
     if arguments.json:
-        json.dump(result.to_dict(), sys.stdout, indent=2, allow_nan=False)
-        print()
+        print_json(result.to_dict())
     else:
-        print_summary(result, Console())
+        print_summary(result, console())
     if result.passed:
-        return 0
+        return 0 if result.aftercare is None or result.aftercare.passed else 1
     print(
         "normwise demo: "
         + message(
