@@ -29,6 +29,7 @@ examples:
   normwise explain momentum           one of them
   normwise explain gamma              any word about one will do
   normwise explain softmax --run      with the numbers computed here and now
+  normwise explain NW101              a rule of normwise check
 
 Exit codes: 0 fine, 1 with --run: an example printed something else than the page says,
 2 no such topic.""",
@@ -68,6 +69,17 @@ def _show(topic: Topic) -> None:
     trimmed(screen, Markdown(topic.for_terminal(), code_theme="ansi_dark", hyperlinks=links))
 
 
+def _rule(word: str) -> Topic | None:
+    """The page of the doctor's rule of this code or name."""
+    from ..doctor import all_rules
+    from ..explain import Topic
+
+    for rule in all_rules():
+        if word.casefold() in (rule.code.casefold(), rule.name):
+            return Topic(rule.code, f"{rule.code} {rule.name}", (rule.name,), rule.page())
+    return None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Shows the page or the list, and returns the exit code."""
     if not arguments.topic:
@@ -77,7 +89,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..explain import find
     from ..explain import run as run_examples
 
-    topic = find(" ".join(arguments.topic))
+    words = " ".join(arguments.topic)
+    topic = _rule(words) or find(words)
     changed: tuple[str, ...] = ()
     if arguments.again:
         ran = run_examples(topic)
