@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --quiet --disable-pip-version-check install -c constraints.txt
 INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench docs lint format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m normwise demo
@@ -15,6 +15,10 @@ test: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	@echo build/site/index.html
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -50,7 +54,7 @@ $(VENV)/.browser: $(BIN)/python
 $(VENV)/.dev: $(VENV)/.browser
 
 # The extras of the package that stands there already.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.built
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: $(VENV)/.built
 	@$(PIP) "normwise[$*]"
 	@$(BIN)/python -c "import normwise; print(normwise.backends())"
 	@touch $@

@@ -22,7 +22,7 @@ LAYERS = (
     {"__main__"},
     {"cli"},
     {"demo"},
-    {"report", "plots"},
+    {"report", "plots", "explain"},
     {"doctor"},
     {"tools"},
     {"graph"},

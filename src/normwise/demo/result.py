@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from .network import NORMWISE, PLAIN, TORCH
 from .settings import Settings
 from .train import PERCENTILES, History
 from .verify import Agreement, compare
+
+if TYPE_CHECKING:
+    from .aftercare import Aftercare
 
 __all__ = ["DemoResult", "NetworkResult", "summarize"]
 
@@ -60,6 +63,11 @@ class DemoResult:
     """Wall time of the training."""
     picture: Path | None
     """The PNG, or None if none was asked for."""
+    page: Path | None = None
+    """The HTML page, or None if none was asked for."""
+    aftercare: Aftercare | None = field(default=None, repr=False)
+    """What check, recalibrate and fold made of the network with normwise's batch norm, if a page
+    was asked for."""
 
     @property
     def passed(self) -> bool:
@@ -73,9 +81,12 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for ``json.dumps``; NaN becomes None."""
-        plain = asdict(self)
+        plain = asdict(replace(self, aftercare=None))
         plain["title"] = "demo"
-        plain["picture"] = None if self.picture is None else str(self.picture)
+        for file in ("picture", "page"):
+            path = getattr(self, file)
+            plain[file] = None if path is None else str(path)
+        plain["aftercare"] = None if self.aftercare is None else self.aftercare.to_dict()
         plain["agreement"]["passed"] = self.passed
         plain["step_time_ratio"] = self.step_time_ratio
         cleaned: dict[str, Any] = _plain(plain)

@@ -19,7 +19,9 @@ __all__ = ["from_dict", "load"]
 # Where reports are defined: theirs are the titles that can be read.
 MODULES = (
     "normwise.doctor.report",
+    "normwise.doctor.repair",
     "normwise.graph.report",
+    "normwise.tools.bench",
     "normwise.tools.convert",
     "normwise.tools.equalization",
     "normwise.tools.quantization",
