@@ -173,6 +173,12 @@ template <class T> struct Sets {
     return to;
   }
 
+  // While a set is written the next one, `length` values on, is fetched into the second level cache,
+  // if it leaves room for this one: memory would else be idle.
+  static int64_t ahead(int64_t length) {
+    return length * int64_t(sizeof(T)) * 6 <= caches.second ? length : 0;
+  }
+
   // ---- writing ----------------------------------------------------------------------------------
   bool streams(int64_t tensors) const {
     return sizeof(T) * W * 2 >= 32 && sets * n * int64_t(sizeof(T)) * tensors > caches.last;
@@ -284,6 +290,7 @@ template <class T> struct Sets {
       const int64_t group = set % call.groups;
       const int code = call.activation;
       const R slope = R(call.slope);
+      const T* next = x + ahead(n);
       const auto finished = [=](const auto& load_at, int64_t i, P z) NW_LAMBDA_INLINE {
         if constexpr (Act == kNone) return Results<R, 1>{{z}};
         if (r) z += load_at(r + i);
@@ -295,6 +302,7 @@ template <class T> struct Sets {
         const Constants k = constants(s);
         const R *w = weight + group * n, *b = bias + group * n;
         write<1>(y, begin, end, streaming, [=](const auto& load_at, int64_t i) NW_LAMBDA_INLINE {
+          __builtin_prefetch(next + i, 0, 2);
           const P z = multiply_add<R>(k.xhat(load_at(x + i)), load_at(w + i), load_at(b + i));
           return finished(load_at, i, z);
         });
@@ -306,6 +314,7 @@ template <class T> struct Sets {
           const Affine<R> f = {centre, R(scale),
                                R(read(call.bias, c, 0) - (s.mean - double(centre)) * scale)};
           write<1>(y, from, to, streaming, [=](const auto& load_at, int64_t i) NW_LAMBDA_INLINE {
+            __builtin_prefetch(next + i, 0, 2);
             return finished(load_at, i, apply<R>(f, load_at(x + i)));
           });
         });

@@ -14,7 +14,7 @@ template <class T> struct SetsBackward : Sets<T> {
   using Base::by_column, Base::call, Base::columns, Base::kChunk, Base::length, Base::n, Base::runs,
       Base::sets, Base::W;
 
-  static constexpr int64_t kRows = 16;   // samples to a block at least
+  static constexpr int64_t kRows = 32;   // samples to a block at least
   static constexpr int64_t kFlush = 64;  // samples added in R before they go on in double
   static constexpr int64_t kTile = 1024;  // columns at once
   static constexpr int64_t kPartials = int64_t(4) << 20;  // bytes for the sums of the blocks
@@ -125,8 +125,7 @@ template <class T> struct SetsBackward : Sets<T> {
     sums.end_chunk();
     return sums.total();
   }
-  // dx and dresidual of a set's places [begin, end); Also(load, i, dz, xhat) sees every vector once
-  // or more often.
+  // dx and dresidual of a set's places [begin, end). The next set is fetched meanwhile.
   template <int Act>
   NW_INLINE void write_places(const Maker<Act>& m, Means means, int64_t begin, int64_t end,
                               bool streaming) const {
@@ -134,11 +133,15 @@ template <class T> struct SetsBackward : Sets<T> {
       return multiply_add<R>(-xhat, splat<P>(means.gx), g - means.g) * m.k.rstd;
     };
     T* const dx = static_cast<T*>(call.dx) + m.base;
+    const T* next = m.x + m.base + this->ahead(n);
+    const int64_t other = m.up.dy - m.x;
     if (Act == kNone || !call.dresidual) {
       T* const to[1] = {dx};
       this->template write<1>(to, begin, end, streaming,
                               [=](const auto& load_at, int64_t i) NW_LAMBDA_INLINE {
         const P xhat = m.xhat(load_at, i);
+        __builtin_prefetch(next + i, 0, 2);
+        __builtin_prefetch(next + other + i, 0, 2);
         return Results<R, 1>{{gradient(m.dz(load_at, i, xhat) * load_at(m.w + i), xhat)}};
       });
     } else {
@@ -269,18 +272,21 @@ template <class T> struct SetsBackward : Sets<T> {
     });
   }
   // Blocks in order, then the places of a run in order.
-  void conclude_columns(const double* partial) const {
+  void conclude_columns(double* partial) const {
     const int64_t each = call.length, count = call.groups * call.runs;
     const int64_t parts = wide ? 1 : blocks;
     parallel((count + 255) / 256, parts * columns, [=, this](int64_t first, int64_t last) {
       const int64_t end = last * 256 < count ? last * 256 : count;
+      for (int64_t k = 1; k < parts; ++k) {
+        for (int row = 0; row < 2; ++row) {
+          double* to = partial + row * columns;
+          const double* from = to + k * 2 * columns;
+          for (int64_t i = first * 256 * each; i < end * each; ++i) to[i] += from[i];
+        }
+      }
       for (int64_t c = first * 256; c < end; ++c) {
         double w = 0, b = 0;
-        for (int64_t i = c * each; i < (c + 1) * each; ++i)
-          for (int64_t k = 0; k < parts; ++k) {
-            w += partial[k * 2 * columns + i];
-            b += partial[(k * 2 + 1) * columns + i];
-          }
+        for (int64_t i = c * each; i < (c + 1) * each; ++i) w += partial[i], b += partial[columns + i];
         if (call.dweight) nw::NW_ISA::write(call.dweight, call.weight.dtype, c, w);
         if (call.dbias) nw::NW_ISA::write(call.dbias, call.bias.dtype, c, b);
       }
@@ -337,11 +343,15 @@ template <class T> struct SetsBackward : Sets<T> {
       return multiply_add<R>(-xhat, splat<P>(means.gx), g) * m.k.rstd;
     };
     T* const dx = static_cast<T*>(call.dx);
+    const T* next = m.x + this->ahead(n);
+    const int64_t other = m.up.dy - m.x;
     if (Act == kNone || !call.dresidual) {
       T* const to[1] = {dx};
       this->template write<1>(to, begin, end, streaming,
                               [=](const auto& load_at, int64_t i) NW_LAMBDA_INLINE {
         const P xhat = m.xhat(load_at, i);
+        __builtin_prefetch(next + i, 0, 2);
+        __builtin_prefetch(next + other + i, 0, 2);
         return Results<R, 1>{{gradient(m.dz(load_at, i, xhat), xhat)}};
       });
     } else {

@@ -130,8 +130,8 @@ class _NotDirect(Exception):
 
 
 class _DirectNorm(torch.autograd.Function):
-    """y of a call that the kernels serve whole. Nothing is kept but the inputs: sets that stay in
-    cache have their moments taken again in backward, which costs less than keeping them."""
+    """y of a call that the kernels serve whole. Of a small tensor the moments are not kept: to take
+    them again in backward costs less than a tensor does."""
 
     @staticmethod
     def forward(
@@ -147,20 +147,21 @@ class _DirectNorm(torch.autograd.Function):
         slope: float,
         centred: bool,
     ) -> Tensor:
-        y: Tensor | None = ops.direct_forward(
-            x, weight, bias, residual, spec, eps, code, slope, centred
+        found: Any = ops.direct_forward(
+            x, weight, bias, residual, spec, eps, code, slope, centred, True
         )
-        if y is None:
+        if found is None:
             raise _NotDirect
-        if residual is None:
+        y, moments = found if type(found) is tuple else (found, None)
+        wanted = False
+        if moments is None and residual is None:  # fewer names to save and unpack
             ctx.save_for_backward(x, weight, bias)
-            ctx.options = (spec, eps, code, slope, centred, False, 10, activation)
         else:
-            kept = to_keep(activation, residual, y)[1]
-            ctx.save_for_backward(x, weight, bias, residual, kept)
+            output = to_keep(activation, residual, y)[1]
+            ctx.save_for_backward(x, weight, bias, moments, residual, output)
             wanted = ctx.needs_input_grad[3]
-            ctx.options = (spec, eps, code, slope, centred, wanted, 10, activation)
-        return y
+        ctx.options = (spec, eps, code, slope, centred, wanted, 10, activation)
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -170,12 +171,14 @@ class _DirectNorm(torch.autograd.Function):
             return direct
         spec, eps, _, _, centred, _, _, activation = ctx.options
         wanted = ctx.needs_input_grad[:4]
-        saved = (*saved, None, None)[:5]
-        options = (_view(saved[0], spec), eps, activation, centred)
+        x, weight, bias, moments, residual, output = (*saved, None, None, None)[:6]
+        options = (_view(x, spec), eps, activation, centred)
         if torch.is_grad_enabled():
-            gradients = _differentiable_backward(dy, saved[:4], wanted, *options)
+            inputs = (x, weight, bias, residual)
+            gradients = _differentiable_backward(dy, inputs, wanted, *options)
         else:
-            gradients = _gradients(dy, saved, None, wanted, options)
+            saved = (x, weight, bias, residual, output)
+            gradients = _gradients(dy, saved, moments, wanted, options)
         return (*gradients, None, None, None, None, None, None)
 
 
@@ -215,7 +218,9 @@ def direct(
         return None
     y: Tensor | None
     if not _recorded(x, weight, bias, residual):
-        y = ops.direct_forward(x, weight, bias, residual, spec, eps, act.code, act.slope, centred)
+        y = ops.direct_forward(
+            x, weight, bias, residual, spec, eps, act.code, act.slope, centred, False
+        )
         return y
     apply: Any = _apply_direct
     try:

@@ -20,12 +20,20 @@ View = tuple[int, int, int, int]
 
 
 # Whole eager calls (csrc/binding_sets.h). `direct_forward`: (x, weight, bias, residual, spec, eps,
-# activation's code, its slope, centred) -> y, where spec is normalized_shape, or how many groups the
+# activation's code, its slope, centred, recorded) -> y, or (y, moments) if backward shall have them, where spec is normalized_shape, or how many groups the
 # channels of axis 1 make. `direct_backward`: (dy, saved tensors, options) -> the gradients of the
 # node's arguments, of which the first four are x, weight, bias, residual. Both are None for a call
-# on other than plain, contiguous, fitting tensors, and for sets that do not fit a core's cache.
+# on other than plain, contiguous, fitting tensors.
 direct_forward: Any = cpu._unavailable if cpu._native is None else cpu._native.direct_forward
 direct_backward: Any = cpu._unavailable if cpu._native is None else cpu._native.direct_backward
+
+
+def _new_moments(sets: int) -> Tensor:
+    return torch.empty((3, sets), dtype=torch.float64)
+
+
+if cpu._native is not None:
+    cpu._native.set_new_moments(_new_moments)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
@@ -51,7 +59,7 @@ def sets_forward(
         return NotImplemented
     x = x.contiguous()
     y = torch.empty_like(x)
-    moments = torch.empty((3, view[0] * view[1]), dtype=torch.float64)
+    moments = _new_moments(view[0] * view[1])
     act = parse(activation)
     done = cpu._native.sets_forward(
         x, cpu._vector(weight), cpu._vector(bias), _contiguous(residual), y, moments, *view, eps,
