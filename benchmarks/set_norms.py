@@ -1,8 +1,8 @@
 """Layer, RMS, group and instance norm against torch.nn: ``python -m benchmarks.set_norms``.
 
 Forward without gradients, forward as autograd records it, and forward and backward, each contender
-in turn in every round (`timing`); on one thread by the thread's own time. Parameters are float32 where the input is a half type, as under
-autocast, unless torch.nn refuses that.
+in turn in every round (`timing`); on one thread by the thread's own time. Parameters are float32
+where the input is a half type, as under autocast, unless torch.nn refuses that.
 """
 
 from __future__ import annotations

@@ -362,7 +362,7 @@ def sets_forward(
     centred: bool,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Differentiable to any order and under ``torch.func``; ``mask`` broadcasts against the view."""
+    """Differentiable to any order and under ``torch.func``; ``mask`` broadcasts to the view."""
     n, g, p, _ = view
     v = x.reshape(view).to(accumulation_dtype(x))
     if mask is not None:

@@ -20,7 +20,8 @@ View = tuple[int, int, int, int]
 
 
 # Whole eager calls (csrc/binding_sets.h). `direct_forward`: (x, weight, bias, residual, spec, eps,
-# activation's code, its slope, centred, recorded) -> y, or (y, moments) if backward shall have them, where spec is normalized_shape, or how many groups the
+# activation's code, its slope, centred, recorded) -> y, or (y, moments) if backward shall
+# have them, where spec is normalized_shape, or how many groups the
 # channels of axis 1 make. `direct_backward`: (dy, saved tensors, options) -> the gradients of the
 # node's arguments, of which the first four are x, weight, bias, residual. Both are None for a call
 # on other than plain, contiguous, fitting tensors.
