@@ -18,6 +18,7 @@ from normwise.nn.modes import (
 from normwise.ops import backends
 
 if TYPE_CHECKING:
+    from normwise.doctor import check, repair
     from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
@@ -36,6 +37,7 @@ __all__ = [
     "Moments",
     "accumulate_statistics",
     "backends",
+    "check",
     "checkpoint_contexts",
     "convert",
     "domain",
@@ -49,11 +51,13 @@ __all__ = [
     "nn",
     "quantization_report",
     "recalibrate",
+    "repair",
     "tune_allocator",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "check": "normwise.doctor",
     "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
@@ -61,6 +65,7 @@ _TOOLS = {
     "memory_saver": "normwise.tools.memory",
     "quantization_report": "normwise.tools.quantization",
     "recalibrate": "normwise.tools.recalibrate",
+    "repair": "normwise.doctor",
     "tune_allocator": "normwise.tools.allocator",
 }
 
