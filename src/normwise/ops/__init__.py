@@ -3,9 +3,10 @@
 ``moments``, ``normalize``, ``train_forward``, ``update_running``, ``backward_reduce``,
 ``backward_input``, ``train_backward``, ``eval_backward``, ``sets_forward``, ``sets_backward``: see
 :mod:`normwise.ops.schema` for what each computes. ``train_gradients``, ``eval_gradients``: the body
-of an autograd node in one call, where the kernels serve (:mod:`normwise.ops.cpu`). ``ghost_forward``, ``ghost_backward``: the
-training kernels over ghost batches (:mod:`normwise.ops.ghost`). ``direct_forward``,
-``direct_backward``: whole eager calls of the norms of sets (:mod:`normwise.ops.sets`).
+of an autograd node in one call, where the kernels serve (:mod:`normwise.ops.cpu`).
+``ghost_forward``, ``ghost_backward``: the training kernels over ghost batches
+(:mod:`normwise.ops.ghost`). ``direct_forward``, ``direct_backward``: whole eager calls of the norms
+of sets (:mod:`normwise.ops.sets`).
 """
 
 from normwise.ops.backends import BackendStatus, backends
