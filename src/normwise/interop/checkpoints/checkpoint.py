@@ -126,7 +126,7 @@ def group_norms(
 ) -> list[StoredNorm]:
     """The norms of a state dict in memory, by the same rules as those of a file.
 
-    ``shapes`` of all its tensors, by name; ``read`` gives the tensor of a name, asked of norms alone.
+    ``shapes`` of all its tensors, by name; ``read`` gives the tensor of a name, and only of norms.
 
     Raises:
         CheckpointError: if a norm's tensors do not fit each other, in shape or dtype.
