@@ -1,0 +1,1 @@
+"""Pictures: one function a file, numbers from the library itself. Needs ``normwise[plots]``."""
