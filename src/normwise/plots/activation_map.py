@@ -7,12 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 from normwise.errors import InputError, message
 from normwise.nn import BatchNorm1d
-from normwise.plots.canvas import INK, Path_, canvas, frame
+from normwise.plots.canvas import INK, FilePath, canvas, frame
 
 __all__ = ["activation_map"]
 
@@ -30,10 +32,10 @@ def _activations(
     found = []
     for _ in range(layers):
         bound = x.shape[1] ** -0.5
-        weight = (2 * torch.rand(units, x.shape[1], generator=generator) - 1) * bound
+        weight = (2 * torch.rand(units, x.shape[1], generator=generator, dtype=x.dtype) - 1) * bound
         x = x @ weight.T
         if norm:
-            x = BatchNorm1d(units)(x)
+            x = BatchNorm1d(units, dtype=x.dtype)(x)
         x = act(x)
         found.append(x)
     return found
@@ -48,7 +50,7 @@ def activation_map(
     bins: int = 60,
     seed: int = 0,
     ax: Sequence[Axes] | None = None,
-    path: Path_ | None = None,
+    path: FilePath | None = None,
 ) -> Figure:
     """Where the activations of each layer lie, without and with batch norm before the activation.
 
@@ -83,7 +85,8 @@ def activation_map(
             )
         )
     low, high = ACTIVATIONS[activation][1]
-    x = torch.rand(samples, units, generator=torch.Generator().manual_seed(seed + 1))
+    generator = torch.Generator().manual_seed(seed + 1)
+    x = torch.rand(samples, units, generator=generator, dtype=torch.float64)
     panels = []
     for norm in (False, True):
         found = _activations(x, layers, units, activation, norm, seed)
@@ -97,8 +100,8 @@ def activation_map(
             axes, panels, ("without batch norm", "with batch norm"), strict=True
         ):
             image = at.imshow(
-                shares, aspect="auto", cmap="Blues", vmin=0, vmax=top, interpolation="nearest",
-                extent=(low, high, layers + 0.5, 0.5),
+                shares, aspect="auto", cmap="Blues", norm=PowerNorm(0.5, 0, top),
+                interpolation="nearest", extent=(low, high, layers + 0.5, 0.5),
             )  # fmt: skip
             for layer, deviation in enumerate(spread, 1):
                 at.text(
@@ -110,6 +113,7 @@ def activation_map(
                 va="bottom",
             )  # fmt: skip
             frame(at, title, f"{activation} activation", grid=False)
+            at.xaxis.set_major_locator(MaxNLocator(5))
             at.set_yticks(range(1, layers + 1))
         axes[0].set_ylabel("layer", color=INK)
         bar = figure.colorbar(image, ax=axes, label="share of the layer", pad=0.02)

@@ -19,10 +19,12 @@ from normwise.files import write_atomically
 __all__ = [
     "BLUE",
     "COLORS",
+    "FilePath",
     "GRAY",
     "GREEN",
     "GRID",
     "INK",
+    "SKY",
     "VERMILION",
     "canvas",
     "frame",
@@ -30,10 +32,11 @@ __all__ = [
 
 # Okabe and Ito's colours, told apart by the colour-blind too; https://jfly.uni-koeln.de/color/
 VERMILION, BLUE, GREEN, ORANGE, PURPLE = "#D55E00", "#0072B2", "#009E73", "#E69F00", "#CC79A7"
+SKY = "#56B4E9"
 COLORS = (BLUE, VERMILION, GREEN, ORANGE, PURPLE)
 INK, GRAY, GRID = "#333333", "#8A8A8A", "#DDDDDD"
 
-Path_ = str | os.PathLike[str]
+FilePath = str | os.PathLike[str]
 
 
 @contextlib.contextmanager
@@ -41,7 +44,7 @@ def canvas(
     ax: Axes | Sequence[Axes] | None,
     panels: int,
     size: tuple[float, float],
-    path: Path_ | None,
+    path: FilePath | None,
     **subplots: Any,
 ) -> Iterator[tuple[Figure, list[Axes]]]:
     """Panels to draw on in the block; saved at its end if there is a path.
@@ -72,7 +75,7 @@ def canvas(
     _save(figure, path)
 
 
-def _save(figure: Figure, path: Path_ | None) -> None:
+def _save(figure: Figure, path: FilePath | None) -> None:
     if path is None:
         return
     kind = Path(path).suffix.lstrip(".").lower() or "png"
@@ -91,10 +94,15 @@ def _save(figure: Figure, path: Path_ | None) -> None:
 
 
 def frame(
-    axes: Axes, title: str = "", xlabel: str = "", ylabel: str = "", grid: bool = True
+    axes: Axes,
+    title: str = "",
+    xlabel: str = "",
+    ylabel: str = "",
+    grid: bool = True,
+    size: float = 11,
 ) -> None:
     """Title on the left, a light grid behind, no box."""
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_title(title, loc="left", fontsize=size, color=INK)
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     if grid:

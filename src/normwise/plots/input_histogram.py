@@ -12,15 +12,15 @@ from torch import Tensor
 
 from normwise.errors import InputError, message
 from normwise.nn import BatchNorm1d
-from normwise.plots.canvas import BLUE, GRAY, GREEN, VERMILION, Path_, canvas, frame
+from normwise.plots.canvas import BLUE, GRAY, GREEN, VERMILION, FilePath, canvas, frame
 
 __all__ = ["input_histogram"]
 
 
-def _skewed() -> Tensor:
-    """A long tail to the right, so that a shape can be recognised: 5,000 values around 8."""
-    normal = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return 5 + normal.square().sum(0)
+def _two_humps() -> Tensor:
+    """5,000 values with a shape: two thirds of N(2, 0.09), one of N(4, 0.25)."""
+    normal = torch.randn(5000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return torch.where(torch.arange(5000) % 3 < 2, 2 + 0.3 * normal, 4 + 0.5 * normal)
 
 
 def input_histogram(
@@ -30,7 +30,7 @@ def input_histogram(
     beta: float = 2.0,
     bins: int = 60,
     ax: Sequence[Axes] | None = None,
-    path: Path_ | None = None,
+    path: FilePath | None = None,
 ) -> Figure:
     r"""Four histograms: x, batch norm of x, the same with :math:`\gamma` and :math:`\beta`, and
     softmax of x.
@@ -41,7 +41,7 @@ def input_histogram(
     :math:`e^{x_i} / \sum_j e^{x_j}`, sums to 1 and changes the shape.
 
     Args:
-        x: one channel's values, of any shape; a skewed sample of 5,000 if None.
+        x: one channel's values, of any shape; 5,000 values with two humps if None.
         gamma, beta: of the third panel.
         bins: of each histogram.
         ax: four axes.
@@ -56,7 +56,7 @@ def input_histogram(
         >>> len(figure.axes)
         4
     """
-    values = (_skewed() if x is None else x.detach().to("cpu", torch.float64)).reshape(-1, 1)
+    values = (_two_humps() if x is None else x.detach().to("cpu", torch.float64)).reshape(-1, 1)
     if len(values) < 2 or not torch.isfinite(values).all() or values.min() == values.max():
         raise InputError(
             message(
@@ -77,19 +77,24 @@ def input_histogram(
         (f"times γ = {gamma:g}, plus β = {beta:g}", scaled, GREEN),
         ("softmax of the inputs", torch.softmax(values, 0), VERMILION),
     )
-    with canvas(ax, 4, (11, 2.9), path, sharey=True) as (figure, axes):
+    with canvas(ax, 4, (11, 2.9), path) as (figure, axes):
         for i, (at, (title, numbers, color)) in enumerate(zip(axes, panels, strict=True)):
             found = numbers.flatten()
             at.hist(found.numpy(), bins=bins, color=color)
-            mean, total = _near(found.mean()), _near(found.sum())
-            text = f"mean {mean:.3g}\nstd {found.std(correction=0):.3g}\nsum {total:.3g}"
+            figures = (found.mean(), found.std(correction=0), found.sum())
+            named = zip(("mean", "std", "sum"), map(_shown, figures), strict=True)
+            text = "\n".join(f"{name} {shown}" for name, shown in named)
+            at.set_ylim(top=1.35 * at.get_ylim()[1])  # room for the text
             at.text(0.97, 0.95, text, transform=at.transAxes, ha="right", va="top", fontsize=9)
-            at.xaxis.set_major_locator(MaxNLocator(4))
+            at.xaxis.set_major_locator(MaxNLocator(3))
+            at.xaxis.set_major_formatter("{x:g}")
             frame(at, title, "value", "count" if i == 0 else "")
-            at.title.set_fontsize(10)
     return figure
 
 
-def _near(value: Tensor) -> float:
-    """Rounding errors around 0 as 0."""
-    return 0.0 if abs(float(value)) < 1e-9 else float(value)
+def _shown(value: Tensor) -> str:
+    """Three digits; rounding errors around 0 as 0."""
+    v = float(value)
+    if abs(v) < 1e-9:
+        return "0"
+    return f"{v:,.0f}" if abs(v) >= 1000 else f"{v:.3g}"

@@ -12,7 +12,7 @@ from torch import Tensor
 from normwise.errors import InputError, message
 from normwise.functional import batch_moments
 from normwise.nn import BatchNorm1d
-from normwise.plots.canvas import COLORS, GRAY, Path_, canvas, frame
+from normwise.plots.canvas import COLORS, GRAY, FilePath, canvas, frame
 
 __all__ = ["momentum_chase"]
 
@@ -28,7 +28,7 @@ def momentum_chase(
     momenta: Sequence[float | None] = (0.5, 0.1, 0.02, None),
     *,
     ax: Sequence[Axes] | None = None,
-    path: Path_ | None = None,
+    path: FilePath | None = None,
 ) -> Figure:
     r"""Running mean and running variance after each batch, for several momenta.
 

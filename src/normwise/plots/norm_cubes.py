@@ -15,7 +15,7 @@ from torch import nn
 
 from normwise.errors import InputError, message
 from normwise.nn import BatchNorm, GroupNorm, InstanceNorm1d, LayerNorm
-from normwise.plots.canvas import BLUE, INK, Path_, canvas
+from normwise.plots.canvas import BLUE, INK, FilePath, canvas
 
 __all__ = ["norm_cubes"]
 
@@ -114,7 +114,7 @@ def _cube(axes: Axes, title: str, marked: NDArray[np.bool_]) -> None:
         fontsize=9,
     )
     axes.set_title(title, fontsize=11, color=INK)
-    axes.set(xlim=(-1.1, 1.0), ylim=(-1.15, 1.05), aspect="equal")
+    axes.set(xlim=(-1.1, 1.0), ylim=(-1.05, 1.03), aspect="equal")
     axes.set_axis_off()
 
 
@@ -124,7 +124,7 @@ def norm_cubes(
     shape: tuple[int, int, int] = (6, 6, 6),
     groups: int = 2,
     ax: Axes | Sequence[Axes] | None = None,
-    path: Path_ | None = None,
+    path: FilePath | None = None,
 ) -> Figure:
     """Cubes of N samples × C channels × (H, W) positions, with the values that share a mean and a
     variance with the first one in blue (Wu & He 2018, figure 2).
@@ -157,7 +157,7 @@ def norm_cubes(
     single = isinstance(norms, (str, nn.Module)) or (bool(norms) and set(norms) <= set(AXES))
     many: Any = [norms] if single else norms
     cubes = [_marked(norm, shape, groups) for norm in many]
-    with canvas(ax, len(cubes), (2.6 * len(cubes), 3.0), path) as (figure, axes):
+    with canvas(ax, len(cubes), (2.6 * len(cubes), 2.8), path) as (figure, axes):
         for at, (title, marked) in zip(axes, cubes, strict=True):
             _cube(at, title, marked)
     return figure

@@ -9,11 +9,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from normwise.errors import InputError, message
-from normwise.plots.canvas import BLUE, Path_, canvas, frame
+from normwise.plots.canvas import BLUE, FilePath, canvas, frame
 from normwise.tools.watch import WatchRecord
 from normwise.tools.watch.call import SPREADS
 
 __all__ = ["percentiles"]
+
+SHOWN = {"input": "the input", "output": "the output", "gamma": "γ", "beta": "β"}
 
 MOST = 4
 """Panels that are drawn where no layer is named."""
@@ -33,7 +35,7 @@ def percentiles(
     what: str = "input",
     mode: str = "train",
     ax: Axes | Sequence[Axes] | None = None,
-    path: Path_ | None = None,
+    path: FilePath | None = None,
 ) -> Figure:
     """Percentiles of what norms saw through training, a panel for each (figure 1 of Ioffe & Szegedy
     2015).
@@ -83,7 +85,7 @@ def percentiles(
         raise InputError(
             message("a picture of percentiles shows a layer", "none", "a record with rows")
         )
-    with canvas(ax, len(names), (max(4.0, 3.2 * len(names)), 3.2), path) as (figure, axes):
+    with canvas(ax, len(names), (3.2 * len(names) + 1.2, 3.2), path) as (figure, axes):
         for i, (at, name, (steps, *found)) in enumerate(zip(axes, names, curves, strict=True)):
             lines = [[float("nan") if v is None else v for v in line] for line in found]
             half = len(lines) // 2
@@ -96,7 +98,7 @@ def percentiles(
             if len(lines) % 2:
                 middle = f"{record.percentiles[half]:g} %"
                 at.plot(steps, lines[half], color=BLUE, lw=1.6, label=middle)
-            frame(at, name, "training step", f"percentiles of the {what}" if i == 0 else "")
+            frame(at, name, "training step", f"percentiles of {SHOWN[what]}" if i == 0 else "")
             at.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        axes[-1].legend(frameon=False, fontsize=9)
+        axes[-1].legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
