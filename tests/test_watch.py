@@ -21,6 +21,12 @@ from normwise.tools.watch.record import WatchRecord
 from normwise.tools.watch.watcher import CALLS
 
 
+@pytest.fixture(autouse=True)
+def _one_thread(threads: None) -> None:
+    """Thousands of tiny operations: a second thread only waits for its core."""
+    torch.set_num_threads(1)
+
+
 def small(norm: Callable[[int], nn.Module] = nn.BatchNorm1d) -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, 6), norm(6), nn.ReLU(), nn.Linear(6, 3), norm(3))
 

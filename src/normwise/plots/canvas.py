@@ -89,7 +89,7 @@ def _save(figure: Figure, path: FilePath | None) -> None:
             )
         )
     write_atomically(
-        path, lambda file: figure.savefig(file, format=kind, dpi=200, facecolor="white")
+        path, lambda file: figure.savefig(file, format=kind, dpi=150, facecolor="white")
     )
 
 
