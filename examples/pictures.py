@@ -21,11 +21,12 @@ def watched(steps: int) -> nw.tools.watch.WatchRecord:
     data = load_digits(1500, 297, seed=0)
     images = data.train_images.reshape(-1, 1, 8, 8)
     torch.manual_seed(0)
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((1, 8), (8, 16), (16, 16)):
-        conv = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False)
-        layers += [conv, nw.nn.BatchNorm2d(outputs, activation="relu")]
-    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))
+    model = nn.Sequential()
+    for i, (inputs, outputs) in enumerate(((1, 8), (8, 16), (16, 16)), 1):
+        model.add_module(f"conv{i}", nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+        model.add_module(f"bn{i}", nw.nn.BatchNorm2d(outputs, activation="relu"))
+    for i, module in enumerate((nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(64, 10))):
+        model.add_module(f"head{i}", module)
     optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
     with nw.watch(model, every=5) as record:
         for _ in range(steps):
