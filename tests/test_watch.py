@@ -344,6 +344,16 @@ def test_gradients_of_a_later_backward_still_arrive() -> None:
     assert record.rows[0]["gamma_grad"] > 0
 
 
+def test_gradients_are_those_of_the_first_backward() -> None:
+    model, x = small(nn.LayerNorm), torch.randn(8, 4, requires_grad=True)
+    with nw.watch(model, every=1) as record:
+        y = model(x)
+        y.square().mean().backward(retain_graph=True)
+        first = float(model[1].weight.grad.norm())
+        (y.square().mean() * 10).backward()
+    assert record.rows[0]["gamma_grad"] == pytest.approx(first, rel=1e-5)
+
+
 def test_a_forward_without_backward_has_no_gradients() -> None:
     with nw.watch(model := small(), every=1) as record, torch.no_grad():
         model(torch.randn(8, 4))
@@ -383,6 +393,26 @@ def test_training_is_the_same_bit_for_bit(saver: bool) -> None:
     assert torch.equal(state, torch.get_rng_state())
     for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("context", ["autocast", "inference"])
+def test_outputs_are_the_same_bit_for_bit_in_a_context(context: str) -> None:
+    plain, watched = small(nw.nn.BatchNorm1d), small(nw.nn.BatchNorm1d)
+    watched.load_state_dict(plain.state_dict())
+    x = torch.randn(16, 4)
+
+    def around() -> Any:
+        if context == "autocast":
+            return torch.autocast("cpu", torch.bfloat16)
+        return torch.inference_mode()
+
+    with around():
+        expected = [plain(x) for _ in range(3)]
+    with nw.watch(watched, every=1) as record, around():
+        found = [watched(x) for _ in range(3)]
+    assert torch.equal(torch.stack(found), torch.stack(expected))
+    assert steps_of(record) == [0, 1, 2]
+    assert all(s > 0 for s in record.series("4", "shift")[1])
 
 
 def hooks(model: nn.Module) -> int:

@@ -235,7 +235,7 @@ class Watcher:
 
     def _listen(self, t: Tensor, call: Call, name: str) -> None:
         def arrived(gradient: Tensor) -> None:
-            if call.closed or not _plain(gradient):
+            if call.closed or name in call.tensors or not _plain(gradient):
                 return
             begin = time.perf_counter()
             call.tensors[name] = norm(gradient)
