@@ -19,6 +19,7 @@ from normwise.ops import backends
 
 if TYPE_CHECKING:
     from normwise import plots
+    from normwise.doctor import check
     from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
@@ -38,6 +39,7 @@ __all__ = [
     "Moments",
     "accumulate_statistics",
     "backends",
+    "check",
     "checkpoint_contexts",
     "convert",
     "domain",
@@ -58,6 +60,7 @@ __all__ = [
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "check": "normwise.doctor",
     "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",

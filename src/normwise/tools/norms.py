@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normwise.errors import InputError, message
 
-__all__ = ["Layers", "arguments", "boolean", "chosen", "core", "drift", "largest"]
+__all__ = ["Layers", "arguments_of", "boolean_mask", "chosen", "core", "drift", "largest"]
 
 Layers = Iterable[str | nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -66,7 +66,7 @@ def _signature(kind: Any) -> inspect.Signature:
     return inspect.signature(kind.forward)
 
 
-def arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     """The call's arguments by name, with the first as '0' too."""
     kind: Any = type(module)
     bound = _signature(kind).bind(module, *args, **kwargs).arguments
@@ -74,7 +74,7 @@ def arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return {**bound, "0": values[1] if len(values) > 1 else None}
 
 
-def boolean(mask: Any) -> Tensor | None:
+def boolean_mask(mask: Any) -> Tensor | None:
     """``mask`` if it is one; what is not, the layer itself refuses."""
     return mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
 

@@ -17,7 +17,7 @@ from normwise.errors import InputError, NormwiseError, message
 from normwise.functional import batch_moments
 from normwise.moments import Moments
 from normwise.nn.batchnorm import BatchNorm
-from normwise.tools.norms import arguments, boolean
+from normwise.tools.norms import arguments_of, boolean_mask
 from normwise.tools.recalibrate.layers import Layer
 
 __all__ = ["Collector", "Pool"]
@@ -124,11 +124,11 @@ class Collector:
         self.index, self.calls = index, {}
 
     def _before(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = arguments(module, args, kwargs)
+        given = arguments_of(module, args, kwargs)
         x, mask = given["0"], given.get("mask")
         if not isinstance(x, Tensor):
             return  # the layer's own error says more
-        moments = batch_moments(x.detach(), getattr(module, "channel_dim", 1), boolean(mask))
+        moments = batch_moments(x.detach(), getattr(module, "channel_dim", 1), boolean_mask(mask))
         if self.by_batch and module.training and int(moments.count) == 1:
             self.refusal = InputError(
                 message(
@@ -144,7 +144,7 @@ class Collector:
         call.rounding = max(call.rounding, torch.finfo(x.dtype).eps)
 
     def _after(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        given = arguments(module, args, kwargs)
+        given = arguments_of(module, args, kwargs)
         plain = (
             type(module).forward in _PLAIN
             and getattr(module, "activation", None) is None
@@ -154,7 +154,7 @@ class Collector:
         moments = None
         if plain:
             axis = getattr(module, "channel_dim", 1)
-            moments = batch_moments(y.detach(), axis, boolean(given.get("mask")))
+            moments = batch_moments(y.detach(), axis, boolean_mask(given.get("mask")))
         self.calls.setdefault(layer.name, _Call()).given.append(moments)
 
     def end(self) -> None:

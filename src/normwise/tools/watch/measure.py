@@ -18,7 +18,7 @@ from normwise.functional.masks import lengths_to_mask
 from normwise.moments import accumulation_dtype
 from normwise.nn.modes import current
 from normwise.nn.switches import Switches
-from normwise.tools.norms import boolean, drift, largest
+from normwise.tools.norms import boolean_mask, drift, largest
 
 __all__ = ["GAPS", "bring", "count_nonfinite", "gaps", "mask_of", "norm", "percentiles", "spread"]
 
@@ -68,7 +68,7 @@ def mask_of(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor | Non
     """Which values count, by the call's ``mask=`` or ``lengths=``."""
     lengths = given.get("lengths")
     if lengths is None:
-        return boolean(given.get("mask"))
+        return boolean_mask(given.get("mask"))
     return lengths_to_mask(lengths, x, getattr(module, "channel_dim", 1))
 
 

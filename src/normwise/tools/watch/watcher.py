@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from normwise.functional.autograd import transformed
-from normwise.tools.norms import arguments
+from normwise.tools.norms import arguments_of
 from normwise.tools.watch.call import Call, rows
 from normwise.tools.watch.measure import count_nonfinite, gaps, mask_of, norm, spread
 from normwise.tools.watch.record import WatchRecord
@@ -179,7 +179,7 @@ class Watcher:
         call = None
         if self.fixed is not None and index < CALLS and not transformed():
             begin = time.perf_counter()
-            call = self._measure(name, module, index, arguments(module, args, kwargs))
+            call = self._measure(name, module, index, arguments_of(module, args, kwargs))
             self.record.seconds += time.perf_counter() - begin
         self.entered.setdefault(id(module), []).append(call)
 

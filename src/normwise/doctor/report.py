@@ -1,0 +1,67 @@
+"""What :func:`normwise.check` found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from normwise.doctor.finding import SEVERITIES, Finding
+from normwise.results import Entry, Report, plain
+
+__all__ = ["CheckReport"]
+
+
+class CheckReport(Report):
+    """The findings, worst first, and what was looked at.
+
+    Attributes:
+        findings: the :class:`Finding` s. ``entries`` has one a finding: ``name`` the layer,
+            ``action`` the severity, ``reason`` the code and the rule.
+        facts: ``source``; ``norms``, how many were looked at; ``rules``, the codes of those that
+            ran; ``skipped``, code -> what the rule needs and was not given; ``errors``, code ->
+            what stopped a rule or a run.
+    """
+
+    title: ClassVar[str] = "check"
+    columns: ClassVar[tuple[str, ...]] = ("message", "remedy", "fix")
+
+    def __init__(self, findings: Sequence[Finding], facts: Mapping[str, Any]) -> None:
+        self.findings = tuple(findings)
+        super().__init__(
+            [
+                Entry(
+                    f.layer,
+                    f.severity,
+                    reason=f"{f.code} {f.rule}",
+                    facts={"message": f.message, "remedy": f.remedy, "fix": f.fix},
+                )
+                for f in self.findings
+            ],
+            facts,
+        )
+
+    def at_least(self, severity: str) -> tuple[Finding, ...]:
+        """The findings of this severity or worse."""
+        return tuple(f for f in self.findings if f.rank >= SEVERITIES.index(severity))
+
+    def summary(self) -> list[str]:
+        counts = {s: sum(f.severity == s for f in self.findings) for s in reversed(SEVERITIES)}
+        told = ", ".join(f"{n} {s}{'s' * (n > 1 and s != 'info')}" for s, n in counts.items() if n)
+        lines = [f"{self.facts['norms']} norms of {self.facts['source']}: {told or 'no findings'}"]
+        skipped: dict[str, list[str]] = {}
+        for code, need in self.facts.get("skipped", {}).items():
+            skipped.setdefault(need, []).append(code)
+        lines += [f"not run: {', '.join(codes)} ({need})" for need, codes in skipped.items()]
+        lines += [f"stopped: {code}: {why}" for code, why in self.facts.get("errors", {}).items()]
+        return lines
+
+    def __str__(self) -> str:
+        lines = []
+        for f in self.findings:
+            fix = {"safe": " [*]", "unsafe": " [unsafe fix]", None: ""}[f.fix]
+            lines += [f"{f}{fix}", f"    {f.remedy}"]
+        return "\n".join([*lines, *self.summary()])
+
+    def to_dict(self) -> dict[str, Any]:
+        found = [f.to_dict() for f in self.findings]
+        return {"title": self.title, **plain(self.facts), "findings": found}
