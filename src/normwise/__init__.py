@@ -19,7 +19,7 @@ from normwise.ops import backends
 
 if TYPE_CHECKING:
     from normwise import plots
-    from normwise.doctor import check
+    from normwise.doctor import check, repair
     from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
@@ -54,6 +54,7 @@ __all__ = [
     "plots",
     "quantization_report",
     "recalibrate",
+    "repair",
     "tune_allocator",
     "watch",
 ]
@@ -68,6 +69,7 @@ _TOOLS = {
     "memory_saver": "normwise.tools.memory",
     "quantization_report": "normwise.tools.quantization",
     "recalibrate": "normwise.tools.recalibrate",
+    "repair": "normwise.doctor",
     "tune_allocator": "normwise.tools.allocator",
     "watch": "normwise.tools.watch",
 }
