@@ -18,7 +18,7 @@ from normwise.nn.modes import (
 from normwise.ops import backends
 
 if TYPE_CHECKING:
-    from normwise.doctor import check
+    from normwise.doctor import check, repair
     from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
@@ -51,6 +51,7 @@ __all__ = [
     "nn",
     "quantization_report",
     "recalibrate",
+    "repair",
     "tune_allocator",
 ]
 
@@ -64,6 +65,7 @@ _TOOLS = {
     "memory_saver": "normwise.tools.memory",
     "quantization_report": "normwise.tools.quantization",
     "recalibrate": "normwise.tools.recalibrate",
+    "repair": "normwise.doctor",
     "tune_allocator": "normwise.tools.allocator",
 }
 

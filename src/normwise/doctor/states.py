@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,7 +15,7 @@ from normwise.doctor.subject import NormState
 from normwise.errors import InputError, message
 from normwise.nn import FrozenBatchNorm
 
-__all__ = ["of_file", "of_model", "of_state_dict"]
+__all__ = ["of_file", "of_model", "of_state_dict", "tensors_in"]
 
 _KINDS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((_BatchNorm, FrozenBatchNorm), "batch_norm"),
@@ -73,24 +73,30 @@ def of_file(path: str | os.PathLike[str]) -> list[NormState]:
 
 
 def of_state_dict(state: Mapping[str, Any]) -> list[NormState]:
-    """The norms of a state dict."""
-    tensors = {
-        key: value.detach().cpu()
-        for key, value in state.items()
-        if isinstance(key, str) and isinstance(value, Tensor) and not value.is_meta
-    }
-    if not tensors:
-        raise InputError(
-            message(
-                "a state dict maps names to tensors",
-                f"a {type(state).__name__} with {len(state)} entries and no tensor",
-                "model.state_dict()",
-            )
-        )
+    """The norms of a state dict, also one that is nested under ``'state_dict'`` and the like."""
     from normwise.interop.checkpoints import group_norms
+    from normwise.interop.checkpoints.state_dicts import without_prefix
 
-    shapes = {name: tuple(t.shape) for name, t in tensors.items()}
-    return [_of_stored(stored) for stored in group_norms(shapes, tensors.__getitem__)]
+    held = tensors_in(state)
+    full = without_prefix(list(held))
+    shapes = {short: tuple(held[name].shape) for short, name in full.items()}
+    found = group_norms(shapes, lambda short: held[full[short]].detach().cpu())
+    return [_of_stored(stored) for stored in found]
+
+
+def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of the one that it wraps, by their names there."""
+    from normwise.interop.checkpoints.state_dicts import state_dict_of
+
+    found = state_dict_of(state, Tensor, _refuse) if isinstance(state, dict) else dict(state)
+    held = {k: t for k, t in found.items() if isinstance(t, Tensor) and not t.is_meta}
+    if not held:
+        _refuse(f"a {type(state).__name__} with {len(state)} entries and no tensor")
+    return held
+
+
+def _refuse(got: str) -> NoReturn:
+    raise InputError(message("a state dict maps names to tensors", got, "model.state_dict()"))
 
 
 def _of_stored(stored: Any) -> NormState:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from normwise.doctor.finding import Finding
+from normwise.doctor.finding import Finding, Repair
 from normwise.doctor.rule import Rule
 from normwise.doctor.subject import Subject
 
@@ -23,7 +23,8 @@ class NonFiniteBuffer(Rule):
     ## Example
     ```python
     bn = torch.nn.BatchNorm2d(8)
-    bn(torch.full((2, 8, 4, 4), float("inf")))  # one bad batch; bn.running_mean is NaN from here on
+    bn(torch.full((2, 8, 4, 4), float("inf")))  # one bad batch: the statistics never recover
+    nw.check(bn)
     ```
 
     ## Remedy
@@ -53,6 +54,10 @@ class NonFiniteBuffer(Rule):
                         "recalibrate on clean data"
                         if tensor.startswith("running")
                         else "go back to a checkpoint before the divergence",
+                        # In eval mode the channel is NaN, so there is nothing to lose.
+                        repair=Repair(True, "takes the running statistics anew", recalibrate=True)
+                        if tensor.startswith("running") and norm.kind == "batch_norm"
+                        else None,
                         tensor=tensor,
                         channels=bad,
                         of=values.numel(),
