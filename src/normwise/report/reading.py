@@ -18,6 +18,7 @@ __all__ = ["from_dict", "load"]
 
 # Where reports are defined: theirs are the titles that can be read.
 MODULES = (
+    "normwise.doctor.repairing",
     "normwise.doctor.report",
     "normwise.graph.report",
     "normwise.tools.convert",
