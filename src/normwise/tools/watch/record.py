@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from normwise.errors import InputError, message
+from normwise.pages import Chart, curves, percentiles
 from normwise.results import Entry, Report, plain
 from normwise.tools.watch.call import columns
 from normwise.tools.watch.files import read_rows
@@ -162,6 +163,69 @@ class WatchRecord(Report):
         return {**super().to_dict(), "rows": plain(self.data())}
 
     @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> WatchRecord:
+        """The record that :meth:`to_dict` wrote."""
+        held = data["rows"]
+        rows = [dict(zip(held, row, strict=True)) for row in zip(*held.values(), strict=True)]
+        record = cls._of_rows(rows, [c.removeprefix("input_p") for c in held if "input_p" in c])
+        record.names = [e["name"] for e in data["entries"]]
+        record.steps, record.eval_passes = int(data["steps"]), int(data["eval_passes"])
+        record.every, record.seconds = int(data["every"]), float(data["seconds"])
+        record._renew()
+        return record
+
+    @classmethod
+    def _of_rows(cls, rows: Sequence[dict[str, Any]], found: Sequence[str]) -> WatchRecord:
+        """``found``: what follows ``input_p`` in the names of the columns."""
+        record = cls(
+            percentiles=[float(p) for p in found] or (1, 15, 50, 85, 99), keep=max(len(rows), 1)
+        )
+        steps = sorted({row["step"] for row in rows if row["mode"] == "train"})
+        if steps:
+            record.start, record.steps = steps[0], steps[-1] + 1
+            record.every = steps[1] - steps[0] if len(steps) > 1 else 1
+        record.add(rows)
+        return record
+
+    def charts(self) -> list[Chart]:
+        """Percentiles of inputs and outputs, statistics and gradients through training."""
+        rows = [r for r in self.rows if r["mode"] == "train" and r["call"] == 0]
+        if not rows:
+            return []
+        names = [f"p{p:g}" for p in self.percentiles]
+        made = [
+            percentiles(
+                rows,
+                f"{which.capitalize()}s of each norm",
+                f"The {names[len(names) // 2]} of a sample of the {which}s, in a band from "
+                f"{names[0]} to {names[-1]}.",
+                [f"{which}_{name}" for name in names],
+                [f"{which} {name}" for name in names],
+            )
+            for which in ("input", "output")
+        ]
+        made.append(
+            curves(
+                rows,
+                "Running against batch statistics",
+                "The distance of the running mean, in standard deviations of the batch, and of the "
+                "log of the variance: the largest over the channels.",
+                {"shift": "mean", "log_var": "log variance"},
+                label="distance",
+            )
+        )
+        made.append(
+            curves(
+                rows,
+                "Gradients",
+                "The 2-norms of the gradients of γ, β and the input.",
+                {"gamma_grad": "γ", "beta_grad": "β", "input_grad": "input"},
+                label="2-norm",
+            )
+        )
+        return made
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> WatchRecord:
         """The record of a ``.jsonl`` or ``.parquet`` file that :func:`normwise.watch` wrote, also
         of one that a crash ended: what is no whole line at its end is left out.
@@ -174,11 +238,11 @@ class WatchRecord(Report):
         rows = read_rows(path)
         found = [c.removeprefix("input_p") for c in (rows[0] if rows else ()) if "input_p" in c]
         try:
-            percentiles = [float(p) for p in found]
+            given = [float(p) for p in found]
         except ValueError:
-            percentiles = []
-        wanted = set(columns(percentiles))
-        if rows and (not percentiles or any(not wanted <= row.keys() for row in rows)):
+            given = []
+        wanted = set(columns(given))
+        if rows and (not given or any(not wanted <= row.keys() for row in rows)):
             raise InputError(
                 message(
                     "a record of watch has its columns in each row",
@@ -186,10 +250,4 @@ class WatchRecord(Report):
                     "one file for each setting of percentiles=",
                 )
             )
-        steps = sorted({row["step"] for row in rows if row["mode"] == "train"})
-        record = cls(percentiles=percentiles or (1, 15, 50, 85, 99), keep=max(len(rows), 1))
-        if steps:
-            record.start, record.steps = steps[0], steps[-1] + 1
-            record.every = steps[1] - steps[0] if len(steps) > 1 else 1
-        record.add(rows)
-        return record
+        return cls._of_rows(rows, found)
