@@ -63,6 +63,7 @@ FIRES: Cases = {
     "group norm": group_norm,
 }
 QUIET: Cases = {
+    "infinite": lambda: Case(net(bn=weights(a=float("inf")))),
     "trained": lambda: Case(net(bn=norm())),
     "all small alike": lambda: Case(net(bn=norm(weight=1e-5))),
     "layer norm": layer_norm,

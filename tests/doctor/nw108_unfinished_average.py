@@ -43,6 +43,7 @@ QUIET: Cases = {
     "fresh": lambda: Case(net(bn=nn.BatchNorm2d(8))),
     "plain average": lambda: Case(net(bn=norm(momentum=None, num_batches_tracked=3))),
     "recalibrated": recalibrated,
+    "infinite": lambda: Case(net(bn=norm(running_var=float("inf"), num_batches_tracked=5))),
     "no counter": lambda: Case(
         {k: v for k, v in net(bn=norm()).state_dict().items() if "tracked" not in k}
     ),

@@ -30,6 +30,7 @@ QUIET: Cases = {
     "its eps": lambda: Case(net(bn=norm(eps=1e-3)), {"framework": "keras"}),
     "keras.applications' 1.001e-5": lambda: Case(net(bn=norm(eps=1.001e-5)), {"framework": "flax"}),
     "a checkpoint does not say": lambda: Case(net(bn=norm()).state_dict(), {"framework": "keras"}),
+    "NaN": lambda: Case(net(bn=norm(running_var=float("nan"))), {"framework": "keras"}),
     "not a batch norm": lambda: Case(net(ln=nn.LayerNorm(4)), {"framework": "keras"}),
 }
 

@@ -39,6 +39,16 @@ def buffer() -> Case:
     return Case(net(bn=Counting(8)), {}, {("bn", "info")}, {"lost": ["tensor seen"]})
 
 
+class Derived(nw.nn.BatchNorm2d):
+    """Nothing of its own either."""
+
+
+def ghost() -> Case:
+    bn = nw.nn.GhostBatchNorm(8, ghost_size=2)
+    figures = {"lost": ["statistics"], "kind": "GhostBatchNorm"}
+    return Case(net(bn=bn), {}, {("bn", "info")}, figures)
+
+
 def activation() -> Case:
     bn = nw.nn.BatchNorm2d(8, activation="relu")
     return Case(net(bn=bn), {}, {("bn", "info")}, {"lost": ["activation='relu'"]})
@@ -49,12 +59,13 @@ FIRES: Cases = {
     "children": children,
     "a buffer": buffer,
     "an activation of normwise's": activation,
+    "ghost batches": ghost,
 }
 QUIET: Cases = {
     "torch.nn's": lambda: Case(net(a=norm(), b=nn.BatchNorm1d(3), c=nn.BatchNorm3d(3))),
     "normwise's": lambda: Case(net(a=nw.nn.BatchNorm2d(8), b=nw.nn.BatchNorm1d(3))),
     "synchronised": lambda: Case(net(a=nn.SyncBatchNorm(8), b=nw.nn.SyncBatchNorm(8))),
-    "a subclass of nothing": lambda: Case(net(bn=Renamed(8))),
+    "subclasses without anything": lambda: Case(net(a=Renamed(8), b=Derived(8))),
     "lazy": lambda: Case(net(bn=nn.LazyBatchNorm2d())),
 }
 

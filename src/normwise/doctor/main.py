@@ -20,6 +20,7 @@ from normwise.doctor.structure import Structure
 from normwise.doctor.subject import NormState, Subject
 from normwise.errors import InputError, NormwiseError, message
 from normwise.graph.run import Call
+from normwise.interop.conventions import convention
 from normwise.tools.recalibrate.feed import Feed, arguments_for
 from normwise.tools.recalibrate.layers import core
 from normwise.tools.recalibrate.transaction import RandomState
@@ -85,6 +86,8 @@ def check(
     chosen = (config or Config()).merged(Config.of(select, ignore, per_layer))
     if batches < 1 or isinstance(batches, bool):
         raise InputError(message("batches is 1 or more", repr(batches), "batches=8"))
+    if framework is not None:
+        convention(framework)  # an unknown one is an error whatever rules run
     model = core(model_or_checkpoint) if isinstance(model_or_checkpoint, nn.Module) else None
     subject = Subject(
         states.of_model(model) if model is not None else _norms_of(model_or_checkpoint),

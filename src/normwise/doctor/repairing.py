@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from normwise.doctor.finding import Finding, Repair
 from normwise.doctor.main import Checkpoint, check
@@ -116,7 +117,11 @@ def repair(
         inner = core(model_or_checkpoint)
         working = inner if inplace else copy_of(inner)
         names = dict(working.named_modules())
-        plan.make(found, lambda layer, tensor: _has(names.get(layer), tensor))
+        plan.make(
+            found,
+            lambda layer, tensor: _has(names.get(layer), tensor),
+            lambda layer: _renewable(names.get(layer)),
+        )
         _edit(working, plan, data, forward, batches)
         repaired: Any = model_or_checkpoint if inplace else working
     elif isinstance(model_or_checkpoint, Mapping):
@@ -131,8 +136,18 @@ def repair(
 
 
 def _has(module: nn.Module | None, name: str | None) -> bool:
-    """Whether there is the module, and in it this tensor."""
-    return module is not None and (name is None or isinstance(getattr(module, name, None), Tensor))
+    """Whether there is the module, and in it this tensor: one that it holds, not one that a
+    parametrization computes."""
+    if module is None or name is None:
+        return module is not None
+    return module._parameters.get(name) is not None or module._buffers.get(name) is not None
+
+
+def _renewable(module: nn.Module | None) -> bool:
+    """Whether ``recalibrate`` takes the layer."""
+    if not isinstance(module, _BatchNorm) or not module.track_running_stats:
+        return False
+    return module.running_mean is not None and module.running_var is not None
 
 
 class _Plan:
@@ -144,11 +159,17 @@ class _Plan:
         self.entries: list[Entry] = []
         self._touched: set[tuple[str, str]] = set()
 
-    def make(self, findings: Iterable[Finding], has: Callable[[str, str | None], bool]) -> None:
-        """``has(layer, tensor)`` says whether there is such a layer, with such a tensor."""
+    def make(
+        self,
+        findings: Iterable[Finding],
+        has: Callable[[str, str | None], bool],
+        renewable: Callable[[str], bool] = lambda layer: False,
+    ) -> None:
+        """``has(layer, tensor)`` says whether there is such a layer, with such a tensor;
+        ``renewable(layer)`` whether its statistics can be taken anew."""
         for one in findings:
             rule = f"{one.code} {one.rule}"
-            why = self._obstacle(one, has)
+            why = self._obstacle(one, has, renewable)
             facts = {"code": one.code, "severity": one.severity}
             if why is None:
                 assert one.repair is not None
@@ -168,7 +189,12 @@ class _Plan:
     def _touches(layer: str, edit: Repair) -> set[tuple[str, str]]:
         return {(layer, name) for name in (*edit.tensors, *edit.attributes)}
 
-    def _obstacle(self, one: Finding, has: Callable[[str, str | None], bool]) -> str | None:
+    def _obstacle(
+        self,
+        one: Finding,
+        has: Callable[[str, str | None], bool],
+        renewable: Callable[[str], bool],
+    ) -> str | None:
         edit = one.repair
         if edit is None:
             return f"no edit takes it away: {one.remedy}"
@@ -180,9 +206,10 @@ class _Plan:
             return "statistics are taken anew from data: data="
         if edit.attributes and not self.is_model:
             return "it is an attribute of the module, which a checkpoint does not hold"
-        needed = [*edit.tensors, *(["running_mean", "running_var"] if edit.recalibrate else ())]
-        if not all(has(one.layer, name) for name in needed or [None]):
-            return "there is no such layer, or it lacks the tensors: check again"
+        if not (has(one.layer, None) and all(has(one.layer, name) for name in edit.tensors)):
+            return "there is no such layer, or it does not hold the tensors: check again"
+        if edit.recalibrate and not renewable(one.layer):
+            return "its statistics are constants or not tracked: load them anew"
         anew = any(at == one.layer and e.recalibrate for at, e in self.applied)
         statistics = {(one.layer, "running_mean"), (one.layer, "running_var")}
         clash = self._touched & self._touches(one.layer, edit)
@@ -217,18 +244,27 @@ def _edit(
                 _set(model.get_submodule(layer), edit, undo)
         anew = [(layer, edit) for layer, edit in plan.applied if edit.recalibrate]
         if anew:
-            layers = [model.get_submodule(layer) for layer in dict(anew)]
+            layers: list[Any] = [model.get_submodule(layer) for layer in dict(anew)]
+            counts = [(m, int(m.num_batches_tracked)) for m in layers if _counted(m)]
             done = recalibrate(
                 model, data, forward=forward, batches=batches, layers=layers,
                 progress=False, inplace=True,
             )  # fmt: skip
             undo.append(done.undo)
+            # Batches that were pooled are no steps of an exponential average, whose count is to
+            # say how much of the initial values is left (NW108). A plain average goes on from it.
+            for module, count in counts:
+                module.num_batches_tracked.fill_(max(count, int(module.num_batches_tracked)))
         for layer, edit in anew:
             _set(model.get_submodule(layer), edit, undo)
     except BaseException:
         for step in reversed(undo):
             step()
         raise
+
+
+def _counted(module: Any) -> bool:
+    return module.momentum is not None and module.num_batches_tracked is not None
 
 
 def _set(module: nn.Module, edit: Repair, undo: list[Callable[[], object]]) -> None:
@@ -279,7 +315,8 @@ def _state_dict(
     plan.make(found, lambda layer, name: name is None or _key(layer, name) in full)
     new = {full[_key(*place)]: value for place, value in plan.tensors().items()}
     if not inplace:
-        return replaced(state, {k: t.to(held[k].device) for k, t in new.items()})
+        plain = state if isinstance(state, dict) else dict(state)
+        return replaced(plain, {k: t.to(held[k].device) for k, t in new.items()})
     for key, value in new.items():
         own = held[key]
         with torch.no_grad():

@@ -49,7 +49,9 @@ class CheckReport(Report):
     def summary(self) -> list[str]:
         counts = {s: sum(f.severity == s for f in self.findings) for s in reversed(SEVERITIES)}
         told = ", ".join(f"{n} {s}{'s' * (n > 1 and s != 'info')}" for s, n in counts.items() if n)
-        lines = [f"{self.facts['norms']} norms of {self.facts['source']}: {told or 'no findings'}"]
+        norms = self.facts["norms"]
+        of = f"{norms} norm{'s' * (norms != 1)} of {self.facts['source']}"
+        lines = [f"{of}: {told or 'no findings'}"]
         skipped: dict[str, list[str]] = {}
         for code, need in self.facts.get("skipped", {}).items():
             skipped.setdefault(need, []).append(code)

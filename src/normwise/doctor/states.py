@@ -74,10 +74,14 @@ def of_file(path: str | os.PathLike[str]) -> list[NormState]:
 
 def of_state_dict(state: Mapping[str, Any]) -> list[NormState]:
     """The norms of a state dict, also one that is nested under ``'state_dict'`` and the like."""
-    from normwise.interop.checkpoints.checkpoint import Checkpoint
+    from normwise.interop.checkpoints import group_norms
+    from normwise.interop.checkpoints.state_dicts import without_prefix
 
-    checkpoint = Checkpoint("the state dict", "memory", _Held(state))
-    return [_of_stored(stored) for stored in checkpoint.norms()]
+    held = tensors_in(state)
+    full = without_prefix(list(held))
+    shapes = {short: tuple(held[name].shape) for short, name in full.items()}
+    found = group_norms(shapes, lambda short: held[full[short]].detach().cpu())
+    return [_of_stored(stored) for stored in found]
 
 
 def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -89,25 +93,6 @@ def tensors_in(state: Mapping[str, Any]) -> dict[str, Tensor]:
     if not held:
         _refuse(f"a {type(state).__name__} with {len(state)} entries and no tensor")
     return held
-
-
-class _Held:
-    """A state dict as the content of a checkpoint."""
-
-    def __init__(self, state: Mapping[str, Any]) -> None:
-        from normwise.interop.checkpoints.tensors import TensorInfo
-
-        self.state = tensors_in(state)
-        self.tensors = {k: TensorInfo(tuple(t.shape), t.dtype) for k, t in self.state.items()}
-
-    def load(self, name: str) -> Tensor:
-        return self.state[name].detach().cpu()
-
-    def plans(self) -> None:
-        return None
-
-    def close(self) -> None:
-        pass
 
 
 def _refuse(got: str) -> NoReturn:

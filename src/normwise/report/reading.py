@@ -19,7 +19,7 @@ __all__ = ["from_dict", "load"]
 # Where reports are defined: theirs are the titles that can be read.
 MODULES = (
     "normwise.doctor.report",
-    "normwise.doctor.repair",
+    "normwise.doctor.repairing",
     "normwise.graph.report",
     "normwise.tools.bench",
     "normwise.tools.convert",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from normwise.doctor.figures import first
@@ -59,7 +60,7 @@ class VanishingGamma(Rule):
             zeros = int((size == 0).sum())
             small = size <= _SMALL * largest
             count, of = int(small.sum()), gamma.numel()
-            if not count:  # a largest of NaN is NW101's
+            if not count or not math.isfinite(largest):  # which is NW101's
                 continue
             if largest == 0:
                 idle = norm.beta is None or not bool(norm.beta.any())

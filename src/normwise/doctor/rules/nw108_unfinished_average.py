@@ -58,6 +58,8 @@ class UnfinishedAverage(Rule):
                 m = DEFAULT_MOMENTUM
             if not n or m is None or not 0 < m < 1 or norm.cumulative:
                 continue
+            if not bool(torch.isfinite(norm.var).all()):  # NW101's
+                continue
             left = (1 - m) ** n
             # Float32 holds a variance to 6e-8, and n of these may add up: 1e-4 is beyond doubt.
             if left <= _LEFT or bool((norm.var < left * (1 - 1e-4)).any()):

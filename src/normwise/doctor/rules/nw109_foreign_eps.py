@@ -52,7 +52,9 @@ class ForeignEps(Rule):
             # Two per cent: 1.001e-5 is keras.applications' way to write 1e-5.
             if norm.eps is None or abs(norm.eps / source.eps - 1) <= 0.02:
                 continue
-            var = norm.var.clamp(min=0)
+            var = norm.var[norm.var.isfinite()].clamp(min=0)
+            if not var.numel():
+                continue
             off = float((((var + source.eps) / (var + norm.eps)).sqrt() - 1).abs().max())
             yield self.finding(
                 norm.name,

@@ -37,7 +37,7 @@ class DominatingEps(Rule):
 
     ## Sources
     Ioffe & Szegedy 2015, algorithm 1; van Laarhoven 2017, "L2 Regularization versus Batch and
-    Weight Normalization", section 3.
+    Weight Normalization".
     """
 
     code = "NW110"

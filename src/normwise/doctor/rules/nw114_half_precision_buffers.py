@@ -45,7 +45,7 @@ class HalfPrecisionBuffers(Rule):
     half-precision input with float32 parameters and buffers; the unsafe fix makes them so.
 
     ## Sources
-    Micikevicius et al. 2018, "Mixed Precision Training", section 4.1 (norms in float32);
+    Micikevicius et al. 2018, "Mixed Precision Training", section 3.3 (norms in float32);
     IEEE 754, round to nearest even.
     """
 

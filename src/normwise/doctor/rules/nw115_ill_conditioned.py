@@ -15,9 +15,9 @@ __all__ = ["IllConditioned"]
 class IllConditioned(Rule):
     """## What it finds
     Channels whose mean is so large beside their deviation that the dtype of the activations cannot
-    hold the difference: the error of a normalized output, about eps·|mean| / σ with the dtype's
+    hold the difference. The error of a normalized output, about eps·|mean| / σ with the dtype's
     eps, is over 1e-4, or over ten times that eps where it is coarser (|mean| / σ over 840 for
-    float32, mean² / variance over 7e5; over 10 for float16 and bfloat16). An error from 0.1 on.
+    float32, mean² / variance over 7e5; over 10 for float16 and bfloat16). Severity error from 0.5.
 
     ## Why it is bad
     The input itself is rounded, by up to half of eps·|mean|, before the layer sees it; nothing in
@@ -63,7 +63,7 @@ class IllConditioned(Rule):
                 f"|mean|/σ is up to {worst / eps:.3g} in {count} of {bad.numel()} channels: in "
                 f"{str(dtype).removeprefix('torch.')} a normalized output is off by {worst:.2g}",
                 "take the constant out of the input before the layer",
-                severity="error" if worst >= 0.1 else "warning",
+                severity="error" if worst >= 0.5 else "warning",
                 channels=count,
                 of=bad.numel(),
                 ratio=worst / eps,

@@ -32,8 +32,8 @@ class DecayedAffine(Rule):
     parameters of one dimension.
 
     ## Sources
-    Jia et al. 2018, "Highly Scalable Deep Learning Training System with Mixed-Precision", section
-    3.2; He et al. 2019, "Bag of Tricks for Image Classification", section 3.1; van Laarhoven 2017,
+    Jia et al. 2018, "Highly Scalable Deep Learning Training System with Mixed-Precision"; He et
+    al. 2019, "Bag of Tricks for Image Classification", section 3.1; van Laarhoven 2017,
     "L2 Regularization versus Batch and Weight Normalization".
     """
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -8,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from normwise.doctor.finding import Finding
 from normwise.doctor.rule import Rule
 from normwise.doctor.subject import Subject
+from normwise.functional import batch_norm
 
 __all__ = ["LossySyncConversion"]
 
@@ -77,12 +79,17 @@ class LossySyncConversion(Rule):
 
 
 def _lost(module: nn.Module) -> list[str]:
-    kind = type(module)
-    ours = kind.__module__.startswith("normwise.")
+    kind: Any = type(module)
+    computes = getattr(kind, "_batch_norm", None)  # normwise's layers, and what they compute with
+    ours = computes is not None
     lost = []
-    # normwise's own forward computes what torch.nn's does, but for its options.
-    if not ours and kind.forward is not _BatchNorm.forward:
+    # normwise's own forward computes what torch.nn's does, but for its options, and for the
+    # variants that normalize by other statistics.
+    home = str(getattr(kind.forward, "__module__", ""))
+    if not home.startswith(("torch.nn.modules.", "normwise.nn.")):
         lost.append("forward")
+    if ours and computes is not batch_norm:
+        lost.append("statistics")
     lost += [
         f"{name}={getattr(module, name)!r}"
         for name, plain in _OPTIONS.items()

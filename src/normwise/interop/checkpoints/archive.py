@@ -35,6 +35,11 @@ class Archive:
                 f"a zip archive whose directory cannot be read ({shown(str(error), 200)}): it was "
                 "cut short or damaged"
             )
+        # A file that was cut inside an archive which holds another ends with the inner directory.
+        if entries and min(entry.header_offset for entry in entries) != 0:
+            file.refuse(
+                "a zip archive whose directory does not fit it: it was cut short or damaged"
+            )
         # torch puts everything in one folder, named after the file as it was first saved.
         folders = {entry.filename.partition("/")[0] for entry in entries}
         self.folder = folders.pop() + "/" if len(folders) == 1 else ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normwise.interop.checkpoints.file import Region, open_file, refuse
 from normwise.interop.checkpoints.grouping import NormPlan
-from normwise.interop.checkpoints.limits import NAME, SHARDS, parse_json, shown
+from normwise.interop.checkpoints.limits import DESCRIPTION, NAME, SHARDS, parse_json, shown
 from normwise.interop.checkpoints.neighbours import neighbour
 from normwise.interop.checkpoints.single import SUFFIXES, Single, open_single
 from normwise.interop.checkpoints.tensors import TensorInfo
@@ -77,7 +77,7 @@ class Sharded:
 
     def _index(self, file: Region) -> dict[str, str]:
         try:
-            content = parse_json(file.read())
+            content = parse_json(file.read(0, min(file.size, DESCRIPTION + 1)))
             places = content.get("weight_map")
         except ValueError as error:
             file.refuse(f"an index that cannot be read ({shown(str(error), 200)})")

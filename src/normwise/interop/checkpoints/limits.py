@@ -23,6 +23,7 @@ DIRECTORY = 8 * MB  # of an archive: an entry of 47 bytes or more becomes an obj
 BRACKETS = 400_000
 # Pickle: a tensor takes 40 steps and 6 containers.
 STEPS, CONTAINERS = 2_500_000, 400_000
+FIELDS = 600_000  # of protocol buffers: five a tensor, ten a node
 TENSORS = 200_000
 NAME, RANK, DEPTH = 512, 64, 32
 SHARDS = 4096

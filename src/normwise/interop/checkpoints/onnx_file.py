@@ -265,7 +265,7 @@ def read_onnx(file: Region) -> tuple[dict[str, Stored], list[NormPlan]]:
             if (name := graph.resolve(given)) is not None
         }
         whole = kind != "batch_norm" or {"running_mean", "running_var"} <= found.keys()
-        key = tuple(found.items())
+        key = (kind, *found.items())
         if found and whole and key not in seen:  # a layer that is called twice has two nodes
             seen.add(key)
             eps = node.floats.get("epsilon", EPS)

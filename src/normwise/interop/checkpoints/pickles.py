@@ -78,7 +78,7 @@ class Machine:
                     return self._stack.pop()
                 else:
                     self._STEPS[name](self, argument)
-        except CheckpointError:
+        except (CheckpointError, MemoryError):
             raise
         except Exception as error:  # what a damaged program makes a step trip over
             if left >= DESCRIPTION and self._stream.tell() >= DESCRIPTION - 9:
@@ -215,7 +215,10 @@ class Machine:
             target.update(state)
 
     def _persistent(self, _: None) -> None:
-        self._put(Storage.of(self._stack.pop(), self._region))
+        """A storage; in the format before 1.6 also a class, with the text of its source."""
+        pid = self._stack.pop()
+        source = isinstance(pid, tuple) and len(pid) > 1 and pid[0] == "module"
+        self._put(pid[1] if source else Storage.of(pid, self._region))
 
     def _refused(self, _: object) -> None:
         raise ValueError("a step that torch.save does not write")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from normwise.interop.checkpoints.file import Region
-from normwise.interop.checkpoints.limits import NAME, STEPS
+from normwise.interop.checkpoints.limits import FIELDS, NAME
 
 __all__ = ["Field", "Messages", "varints"]
 
@@ -46,7 +46,7 @@ class Messages:
 
     def __init__(self, file: Region) -> None:
         self.file = file
-        self._chunk, self._start, self._steps = bytearray(), 0, 0
+        self._chunk, self._start, self._count = bytearray(), 0, 0
 
     def bytes(self, offset: int, size: int) -> bytearray:
         """A small piece."""
@@ -62,34 +62,38 @@ class Messages:
         """A name, cut where no name goes on."""
         return self.bytes(field.offset, min(field.size, NAME + 1)).decode("utf-8", "replace")
 
-    def _varint(self, at: int, end: int) -> tuple[int, int]:
-        value = shift = 0
-        for byte in self.bytes(at, min(10, end - at)):
-            at += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if not byte & 128:
-                return value & (2**64 - 1), at
-        self.file.refuse("a message with a number that does not end")
-
     def fields(self, offset: int, size: int) -> Iterator[Field]:
         """The fields of the message in these bytes."""
         at, end = offset, offset + size
         while at < end:
-            self._steps += 1
-            if self._steps > STEPS:
+            self._count += 1
+            if self._count > FIELDS:
                 self.file.refuse("a message of more fields than a model has")
-            key, at = self._varint(at, end)
+            # The key and, of a number or a length, the value: ten bytes each at most.
+            head = self.bytes(at, min(20, end - at))
+            key, used = self._varint(head, 0)
             number, wire, value, length = key >> 3, key & 7, 0, 0
             if wire == VARINT:
-                value, at = self._varint(at, end)
+                value, used = self._varint(head, used)
             elif wire == LENGTH:
-                length, at = self._varint(at, end)
+                length, used = self._varint(head, used)
             elif wire in (EIGHT, FOUR):
                 length = 8 if wire == EIGHT else 4
             else:
                 self.file.refuse("a message with a field of an unknown kind")
+            at += used
             if at + length > end:
                 self.file.refuse("a message with a field that is longer than itself")
             yield Field(number, wire, value, at, length)
             at += length
+
+    def _varint(self, data: bytearray, at: int) -> tuple[int, int]:
+        """The number that starts at this byte, and where it ends."""
+        value = shift = 0
+        for byte in data[at : at + 10]:
+            at += 1
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value & (2**64 - 1), at
+            shift += 7
+        self.file.refuse("a message with a number that does not end")

@@ -23,6 +23,7 @@ __all__ = ["KNOWN", "SUFFIXES", "Single", "open_single"]
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt", ".tar")
 SUFFIXES = (*PICKLES, ".safetensors", ".onnx", ".pt2")
+TAR = slice(257, 262)
 KNOWN = "a .safetensors, .pt, .pth, .bin, .onnx or .pt2 file, or a folder of Hugging Face"
 # Starts of what people take for a checkpoint, and what to do about it.
 FOREIGN = {
@@ -59,11 +60,15 @@ class Single:
 
 
 def _read(file: Region) -> Single:
-    head = bytes(file.read(0, min(file.size, 64)))
+    head = bytes(file.read(0, min(file.size, 512)))
     suffix = os.path.splitext(file.path)[1].lower()
+    if looks_like_safetensors(head):  # first: a header of 35,615 bytes starts as gzip does
+        return Single("safetensors", file, read_safetensors(file))
     for start, (what, hint) in FOREIGN.items():
         if head[: len(start)].lower() == start.lower():
             file.refuse(what, hint)
+    if head[TAR.start : TAR.stop] == b"ustar":  # as torch 0.1 saved; "net.pth.tar" seldom is one
+        file.refuse("a tar archive", "unpacking it first")
     if head.startswith(b"PK\x03\x04"):
         archive = Archive(file)
         if is_exported(archive):
@@ -77,7 +82,7 @@ def _read(file: Region) -> Single:
         )
     if suffix == ".onnx":
         return Single("onnx", file, *read_onnx(file))
-    if looks_like_safetensors(head) or suffix == ".safetensors":
+    if suffix == ".safetensors":
         return Single("safetensors", file, read_safetensors(file))
     if head.startswith(b"\x80") or suffix in PICKLES:
         return Single("pickle", file, read_legacy(file))
