@@ -141,13 +141,15 @@ def test_only_the_cpu_backend_loads_the_extension(path: Path) -> None:
 def test_kernels_know_neither_torch_nor_python(path: Path) -> None:
     included = re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)', path.read_text(), re.MULTILINE)
     foreign = [h for h in included if re.match(r"(torch|ATen|c10|Python|nanobind|pybind11)\b", h)]
-    assert path.name == "binding.cpp" or not foreign
+    assert path.name.startswith("binding") or not foreign
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)
 def test_kernels_never_throw(path: Path) -> None:
     code = re.sub(r"//.*", "", path.read_text())
-    assert path.name == "binding.cpp" or not re.search(r"\b(throw|std::vector|new|malloc)\b", code)
+    assert path.name.startswith("binding") or not re.search(
+        r"\b(throw|std::vector|new|malloc)\b", code
+    )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

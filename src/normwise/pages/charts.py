@@ -21,7 +21,7 @@ SEVERITY_COLORS = ("#d64545", "#c07c14", "#3a7fc1")
 MOST_NAMES = 40
 """More names than these do not stand along an axis; a mark says its own when pointed at."""
 MOST_POINTS = 20_000
-"""Of a line chart; about 1 MB. More are thinned."""
+"""Of a line chart; 1.5 MB with a band. More are thinned."""
 PLAIN_HEIGHT, STEP = 240, 22
 
 _SHOWN = "picked === null || datum.l === picked"

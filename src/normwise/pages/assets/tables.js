@@ -45,12 +45,12 @@
       const { column, value } = chip.dataset;
       wanted.set(column, [...(wanted.get(column) ?? []), value]);
     }
+    const columns = [...block.querySelector("thead tr").cells].map((head) => head.dataset.column);
     const rows = [...block.querySelector("tbody").rows];
     let shown = 0;
     for (const row of rows) {
-      const cells = [...row.cells];
-      const said = cells.map((c) => c.textContent.trim());
-      const kinds = cells.every((c, i) => !(wanted.get(c.dataset.column)?.includes(said[i]) === false));
+      const said = [...row.cells].map((cell) => cell.textContent.trim());
+      const kinds = said.every((text, i) => wanted.get(columns[i])?.includes(text) ?? true);
       row.hidden = !(kinds && said.join("\n").toLowerCase().includes(text));
       shown += !row.hidden;
     }
@@ -86,8 +86,26 @@
     event.preventDefault();
   }
 
+  // A phone shows rows as cards, with the column's name before each value; roles say that it is a
+  // table still. Set here, and not written at each cell, they leave a large file a quarter smaller.
+  function complete(table) {
+    const labels = [...table.tHead.rows[0].cells].map((head) => head.textContent);
+    table.role = "table";
+    table.tHead.role = table.tBodies[0].role = "rowgroup";
+    for (const row of table.rows) row.role = "row";
+    for (const head of table.tHead.rows[0].cells) head.role = "columnheader";
+    for (const row of table.tBodies[0].rows) {
+      labels.forEach((label, i) => {
+        row.cells[i].role = "cell";
+        row.cells[i].dataset.label = label;
+      });
+    }
+    reachable(table.tBodies[0]);
+  }
+
   for (const block of document.querySelectorAll("[data-table]")) {
     const table = block.querySelector("table");
+    complete(table);
     for (const head of table.tHead.rows[0].cells) {
       head.querySelector("button").addEventListener("click", () => sort(table, head));
     }
