@@ -19,6 +19,7 @@ from normwise.ops import backends
 
 if TYPE_CHECKING:
     from normwise.graph import fold, load_folded
+    from normwise.tools.accelerate import accelerate
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
     from normwise.tools.equalization import equalize
@@ -34,6 +35,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "__version__",
     "Moments",
+    "accelerate",
     "accumulate_statistics",
     "backends",
     "checkpoint_contexts",
@@ -54,6 +56,7 @@ __all__ = [
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "accelerate": "normwise.tools.accelerate",
     "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
