@@ -307,7 +307,7 @@ def _from(
             break
         tail = node
     # What only hands through at the end stays.
-    while skipped and skipped[-1] is tail:
+    while fusion.act is None and skipped and skipped[-1] is tail:
         skipped.pop()
         tail = tail.args[0]  # type: ignore[assignment] # its one argument is a node
     fusion.skipped = tuple(skipped)
@@ -383,5 +383,7 @@ def rewrite(graph: fx.Graph, fusion: Fusion) -> None:
                 )
     new.meta = dict(fusion.last.meta)
     fusion.last.replace_all_uses_with(new)
-    for node in reversed(fusion.parts):
-        graph.erase_node(node)
+    gone = set(fusion.parts)
+    for node in reversed(graph.nodes):
+        if node in gone:
+            graph.erase_node(node)

@@ -74,7 +74,7 @@ def _norm_is_as_it_was(module: nn.Module, kind: type) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or "forward" in own
-        or own["_compiled_call_impl"]
+        or own.get("_compiled_call_impl")
     )
 
 
