@@ -16,7 +16,7 @@ from normwise.tools.accelerate.audit import Untraceable
 from normwise.tools.accelerate.classes import PLANS, base_of, install
 from normwise.tools.accelerate.inputs import Inputs, UnknownInput
 from normwise.tools.accelerate.plans import Plan, Plans
-from normwise.tools.accelerate.regions import Region, has_own_code, region_of
+from normwise.tools.accelerate.regions import Region, Search, has_own_code, region_of
 from normwise.tools.accelerate.report import AccelerateReport, why_alone
 from normwise.tools.convert.main import convert_all
 
@@ -47,6 +47,7 @@ class _Fusing:
         self.refused: dict[nn.Module, Untraceable] = {}
 
     def look(self) -> None:
+        searches = {training: Search(training) for training in (True, False)}
         for module in self.paths:
             if not has_own_code(module):
                 continue
@@ -57,7 +58,7 @@ class _Fusing:
             try:
                 inputs = Inputs.of_signature(forward)
                 for training in (not module.training, module.training):
-                    region = region_of(module, forward, inputs, training)
+                    region = region_of(module, forward, inputs, training, searches[training])
                     self.regions.setdefault(module, []).append((inputs, training, region))
             except Untraceable as error:
                 self.refused[module] = error

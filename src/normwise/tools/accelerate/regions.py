@@ -16,7 +16,7 @@ from normwise.tools.accelerate.inputs import Inputs, UnknownInput
 from normwise.tools.accelerate.patterns import Fusion
 from normwise.tools.accelerate.tracing import Traced, is_container, trace
 
-__all__ = ["Region", "has_own_code", "region_of"]
+__all__ = ["Region", "Search", "has_own_code", "region_of"]
 
 
 @dataclass
@@ -46,7 +46,7 @@ def has_own_code(module: nn.Module) -> bool:
     return not type(module).__module__.startswith(_CLOSED)
 
 
-class _Search:
+class Search:
     """Looks for children to run inside the trace of their parent."""
 
     def __init__(self, training: bool | None) -> None:
@@ -138,15 +138,19 @@ class _Search:
 
 
 def region_of(
-    root: nn.Module, forward: Callable[..., Any], inputs: Inputs, training: bool | None = None
+    root: nn.Module,
+    forward: Callable[..., Any],
+    inputs: Inputs,
+    training: bool | None = None,
+    search: Search | None = None,
 ) -> Region:
-    """The region of ``root``.
+    """The region of ``root``; ``search`` of the same mode knows what other regions looked into.
 
     Raises:
         Untraceable: if its own forward cannot be traced.
     """
     modules = dict(root.named_modules())
-    search = _Search(training)
+    search = search or Search(training)
     inlined: set[str] = set()
     traced = trace(root, forward, inputs, inlined, training)
     while more := search.reached(traced.graph, modules) - inlined:
