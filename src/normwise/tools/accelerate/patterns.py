@@ -246,8 +246,38 @@ def _between(first: fx.Node, last: fx.Node) -> list[fx.Node]:
     return found
 
 
-def _identity(node: fx.Node) -> Any:
-    return node.target if node.op == "get_attr" else node
+def _tensors(module: nn.Module) -> set[int]:
+    return {id(t) for t in (*module.parameters(), *module.buffers())}
+
+
+def _touch(between: list[fx.Node], norm: fx.Node, x: Any, modules: Modules) -> bool:
+    """Whether what lies between a norm and an addition may read or move the norm's own tensors."""
+    if norm.op == "call_module":
+        module = modules[str(norm.target)]
+        own = _tensors(module)
+        for node in between:
+            if node.op == "call_module":
+                other = modules[str(node.target)]
+                if any(m is module for m in other.modules()) or own & _tensors(other):
+                    return True
+
+        def is_own(node: fx.Node) -> bool:
+            if node.op != "get_attr":
+                return False
+            owner, _, name = str(node.target).rpartition(".")
+            return id(getattr(modules.get(owner), name, None)) in own
+    else:
+        targets = {n.target if n.op == "get_attr" else n for n in norm.all_input_nodes if n is not x}
+
+        def is_own(node: fx.Node) -> bool:
+            return (node.target if node.op == "get_attr" else node) in targets
+
+    # What is made of them, but by the norm itself: it may be a view.
+    made: set[fx.Node] = set()
+    for node in norm.graph.nodes:
+        if node is not norm and (is_own(node) or not made.isdisjoint(node.all_input_nodes)):
+            made.add(node)
+    return any(not made.isdisjoint(n.all_input_nodes) for n in between)
 
 
 def _may_wait(fusion: Fusion, modules: Modules) -> bool:
@@ -261,14 +291,8 @@ def _may_wait(fusion: Fusion, modules: Modules) -> bool:
     norm = fusion.norm
     between = [n for n in _between(norm, fusion.add) if n not in fusion.skipped]
     x = norm.args[0] if norm.args else norm.kwargs.get("input")
-    own = {_identity(n) for n in norm.all_input_nodes if n is not x}
-    for node in between:
-        if norm.op == "call_module" and node.op == "call_module":
-            module = modules[str(norm.target)]
-            if any(m is module for m in modules[str(node.target)].modules()):
-                return False
-        if not own.isdisjoint(map(_identity, node.all_input_nodes)):
-            return False  # it may move the same statistics
+    if _touch(between, norm, x, modules):
+        return False
     return _is_fresh(x, modules) or all(_is_quiet(n, modules) for n in between)
 
 
