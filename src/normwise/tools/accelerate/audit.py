@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 
 __all__ = ["Audit", "Untraceable", "is_plain"]
@@ -68,7 +69,9 @@ def _overridable() -> tuple[frozenset[Any], frozenset[types.CodeType]]:
     """torch's functions that hand a proxy to the tracer, and the code of those in Python."""
     functions = {f for f in torch.overrides.get_testing_overrides() if callable(f)}
     codes = (getattr(f, "__code__", None) for f in functions)
-    return frozenset(functions), frozenset(c for c in codes if c is not None)
+    # Those that torch forgot to list, and that hand a proxy on all the same.
+    more = (F.hardswish.__code__,)
+    return frozenset(functions), frozenset((*(c for c in codes if c is not None), *more))
 
 
 def is_plain(value: Any) -> bool:
