@@ -267,7 +267,9 @@ def _touch(between: list[fx.Node], norm: fx.Node, x: Any, modules: Modules) -> b
             owner, _, name = str(node.target).rpartition(".")
             return id(getattr(modules.get(owner), name, None)) in own
     else:
-        targets = {n.target if n.op == "get_attr" else n for n in norm.all_input_nodes if n is not x}
+        targets = {
+            n.target if n.op == "get_attr" else n for n in norm.all_input_nodes if n is not x
+        }
 
         def is_own(node: fx.Node) -> bool:
             return (node.target if node.op == "get_attr" else node) in targets
@@ -389,9 +391,7 @@ def rewrite(graph: fx.Graph, fusion: Fusion) -> None:
             if norm.op == "call_module":
                 new = graph.call_module(str(norm.target), (x,), {"activation": act})
             else:
-                new = graph.call_function(
-                    function_norm, (x, *rest), {"activation": act, **options}
-                )
+                new = graph.call_function(function_norm, (x, *rest), {"activation": act, **options})
     else:
         operands = addition_in(fusion.add)
         assert operands is not None

@@ -51,7 +51,11 @@ class _Proxy(fx.Proxy):
         file = sys._getframe(1).f_code.co_filename
         calling = self.tracer.audit.calling
         # Asked by torch's own code or by a function of torch that is given the proxy.
-        if file.startswith(_TORCH) or file == __file__ or calling not in (None, isinstance, getattr):
+        if (
+            file.startswith(_TORCH)
+            or file == __file__
+            or calling not in (None, isinstance, getattr)
+        ):
             return type(self)
         if self.known is None:
             raise Untraceable("control-flow", "it asks for the type of an intermediate result")
@@ -238,9 +242,7 @@ class _Shadows:
             if any(isinstance(v, Tensor) for v in value.values()):
                 opaque.add(name)
                 return value
-            return type(value)(
-                (k, self._copied(v, path, opaque, name)) for k, v in value.items()
-            )
+            return type(value)((k, self._copied(v, path, opaque, name)) for k, v in value.items())
         if not (is_plain(value) or isinstance(value, _CALLABLE)):
             opaque.add(name)
         return value
