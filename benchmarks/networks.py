@@ -177,7 +177,7 @@ class DenseBlock(nn.ModuleDict):
 
     def forward(self, init_features: Tensor) -> Tensor:
         features = [init_features]
-        for _, layer in self.items():
+        for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
 

@@ -579,7 +579,9 @@ def test_same_numbers(row: Row) -> None:
     told = {e.name: f"{e.action}: {e.into if e.action == 'fused' else e.reason}" for e in report}
     assert {name: told.get(name) for name in row.expect} == row.expect
     assert list(fast.state_dict()) == list(state)
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True)
+    )
     wanted = history(copy.deepcopy(model), row.input(), row.after)
     got = history(fast, row.input(), row.after)
     assert len(wanted) == len(got)

@@ -35,7 +35,8 @@ class FrozenBatchNorm(nn.Module):
         channel_dim: the axis of the channels.
 
     Call:
-        ``bn(x, residual=None, mask=None, lengths=None, activation=None)``, as :class:`~normwise.nn.BatchNorm`.
+        ``bn(x, residual=None, mask=None, lengths=None, activation=None)``, as
+        :class:`~normwise.nn.BatchNorm`.
 
     Example:
         >>> import torch, normwise as nw

@@ -165,7 +165,8 @@ def accelerate(
     hooks that are put there later see it computed as it was written again.
 
     Returns:
-        Result: ``model`` and ``report``, an :class:`AccelerateReport`; unpacks as ``model, report``.
+        Result: ``model`` and ``report``, an :class:`AccelerateReport`; unpacks as ``model,
+        report``.
 
     Raises:
         InputError: a model that cannot be copied, or does not run on the example inputs.

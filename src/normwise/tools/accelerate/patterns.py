@@ -118,9 +118,7 @@ def addition_in(node: fx.Node) -> tuple[fx.Node, fx.Node, bool] | None:
     if not (into or plain) or kwargs.pop("alpha", 1) != 1:
         return None
     operands = list(node.args)
-    for name in ("input", "other"):
-        if name in kwargs:
-            operands.append(kwargs.pop(name))
+    operands += [kwargs.pop(name) for name in ("input", "other") if name in kwargs]
     if kwargs or len(operands) != 2:
         return None
     left, right = operands

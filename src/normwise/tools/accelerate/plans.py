@@ -12,9 +12,9 @@ from torch.nn.modules import module as hooks
 
 from normwise.tools.accelerate.audit import Untraceable
 from normwise.tools.accelerate.inputs import Inputs, UnknownInput
-from normwise.tools.accelerate.patterns import Fusion, find, rewrite
+from normwise.tools.accelerate.patterns import Fusion, rewrite
 from normwise.tools.accelerate.regions import Region, region_of
-from normwise.tools.accelerate.tracing import BASE, Traced, is_container
+from normwise.tools.accelerate.tracing import BASE, is_container
 
 __all__ = ["Plan", "Plans"]
 
@@ -168,7 +168,7 @@ class Plan:
                 if not _norm_is_as_it_was(m, kind):
                     return False
             for m, name, value in self.attributes:
-                if not m.__dict__[name] == value:
+                if m.__dict__[name] != value:
                     return False
             for space, name, value in self.globals:
                 if space[name] != value:

@@ -45,8 +45,9 @@ class _Proxy(fx.Proxy):
     """A proxy that does not lie: about its type where that is known, and about what it lacks."""
 
     known: type | None = None
+    tracer: Any
 
-    @property
+    @property  # type: ignore[misc] # object has a setter for it
     def __class__(self) -> Any:
         file = sys._getframe(1).f_code.co_filename
         calling = self.tracer.audit.calling
@@ -79,7 +80,8 @@ class _Proxy(fx.Proxy):
         del caller  # it holds what it holds
         if now.opname != "UNPACK_SEQUENCE":
             raise Untraceable("control-flow", "it walks over a tensor")
-        return iter([self[i] for i in range(now.argval)])
+        values: Any = self
+        return iter([values[i] for i in range(now.argval)])
 
     def __bool__(self) -> bool:
         raise Untraceable("control-flow", "it decides by a tensor")
@@ -97,7 +99,7 @@ class _Attribute(_Proxy):
         self.made: fx.Node | None = None
 
     @property
-    def node(self) -> Any:
+    def node(self) -> Any:  # type: ignore[override] # made when asked for, as torch.fx's own
         if self.made is None:
             proxy = self.tracer.create_proxy("call_function", getattr, (self.root, self.name), {})
             self.made = proxy.node

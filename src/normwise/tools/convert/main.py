@@ -194,9 +194,9 @@ def convert_all(
             reason = "uninitialized" if "Lazy" in name else "custom-class"
             entries.append(Entry(path, "left", reason=reason, facts={"from": name}))
             continue
-        reason = stays(module)
-        if reason is not None:
-            entries.append(Entry(path, "left", reason=reason, facts={"from": name}))
+        own_reason = stays(module)
+        if own_reason is not None:
+            entries.append(Entry(path, "left", reason=own_reason, facts={"from": name}))
             continue
         spec.axes = ranks.get(module)
         if not spec.rank and spec.axes is not None:
