@@ -64,7 +64,8 @@ template <class T> struct Upstream {
   int activation;
   R slope;
 
-  explicit Upstream(const Call& call)
+  template <class AnyCall>
+  explicit Upstream(const AnyCall& call)
       : dy(static_cast<const T*>(call.dy)),
         output(static_cast<const T*>(call.output)),
         residual(static_cast<const T*>(call.residual)),

@@ -9,6 +9,11 @@
 #include "simd.h"
 
 namespace nw::NW_ISA {
+
+int64_t sets_scratch_bytes(const SetCall&);  // sets.cpp
+void sets_forward(const SetCall&);
+void sets_backward(const SetCall&);
+
 namespace {
 
 // f(loops) with the loops that fit the call: runs of a channel that fill a vector, or rows.
@@ -86,7 +91,7 @@ void eval_backward(const Call& call) { backward(call, true, true, false); }
 const Kernels kKernels = {
     NW_TEXT(NW_ISA), scratch_bytes,   moments,        normalize,
     train_forward,   backward_reduce, backward_input, train_backward,
-    eval_backward,
+    eval_backward,     sets_scratch_bytes, sets_forward, sets_backward,
 };
 
 }  // namespace

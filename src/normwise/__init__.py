@@ -18,6 +18,7 @@ from normwise.nn.modes import (
 from normwise.ops import backends
 
 if TYPE_CHECKING:
+    from normwise.doctor import check, repair
     from normwise.graph import fold, load_folded
     from normwise.tools.accelerate import accelerate
     from normwise.tools.allocator import tune_allocator
@@ -38,6 +39,7 @@ __all__ = [
     "accelerate",
     "accumulate_statistics",
     "backends",
+    "check",
     "checkpoint_contexts",
     "convert",
     "domain",
@@ -51,12 +53,14 @@ __all__ = [
     "nn",
     "quantization_report",
     "recalibrate",
+    "repair",
     "tune_allocator",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
     "accelerate": "normwise.tools.accelerate",
+    "check": "normwise.doctor",
     "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
@@ -64,6 +68,7 @@ _TOOLS = {
     "memory_saver": "normwise.tools.memory",
     "quantization_report": "normwise.tools.quantization",
     "recalibrate": "normwise.tools.recalibrate",
+    "repair": "normwise.doctor",
     "tune_allocator": "normwise.tools.allocator",
 }
 
