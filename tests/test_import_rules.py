@@ -38,7 +38,7 @@ LAYERS = (
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 BACKENDS = ("reference", "cpu", "triton")
 HEAVY = ("triton", "matplotlib", "plotly", "onnx", "onnxscript", "onnxruntime", "safetensors",
-         "sklearn", "rich", "scipy", "pandas", "vl_convert")  # fmt: skip
+         "sklearn", "rich", "scipy", "pandas", "vl_convert", "pyarrow", "tensorboard")  # fmt: skip
 
 
 def module_name(path: Path) -> str:

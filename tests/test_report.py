@@ -132,9 +132,11 @@ def test_a_page_of_something_else(wrong: tuple[Any, ...]) -> None:
         report.compose(*wrong)
 
 
+@pytest.mark.usefixtures("threads")
 def test_the_example_makes_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from examples.report import main
 
+    torch.set_num_threads(1)  # two that wait for each other take 15 times as long on a busy machine
     page = main(["--steps", "10", "--out", str(tmp_path / "a.html")]).read_text()
     assert re.match(r"[1-9]\d* findings before, ", capsys.readouterr().out)
     ids = [f'id="{name}"' for name in ("check", "recalibration", "check-2", "fold", "int8")]

@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from normwise.functional import batch_moments
 from normwise.graph.run import tensors_in
 from normwise.moments import Moments
-from normwise.tools.recalibrate.collect import arguments_of, boolean_mask
+from normwise.tools.norms import arguments_of, boolean_mask
 from normwise.tools.recalibrate.feed import Feed, batch_size
 from normwise.tools.recalibrate.transaction import Transaction
 

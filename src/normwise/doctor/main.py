@@ -21,8 +21,8 @@ from normwise.doctor.subject import NormState, Subject
 from normwise.errors import InputError, NormwiseError, message
 from normwise.graph.run import Call
 from normwise.interop.conventions import convention
+from normwise.tools.norms import core
 from normwise.tools.recalibrate.feed import Feed, arguments_for
-from normwise.tools.recalibrate.layers import core
 from normwise.tools.recalibrate.transaction import RandomState
 
 __all__ = ["check"]

@@ -16,8 +16,8 @@ from normwise.doctor.report import CheckReport
 from normwise.errors import InputError, message
 from normwise.graph.run import copy_of
 from normwise.results import Entry, Report, Result
+from normwise.tools.norms import core
 from normwise.tools.recalibrate import recalibrate
-from normwise.tools.recalibrate.layers import core
 
 __all__ = ["RepairReport", "repair"]
 

@@ -26,7 +26,7 @@ def charts_library() -> str | None:
     except ImportError:
         return None
     # The file is one module: its names stay inside.
-    script = "(() => {" + javascript_bundle(_EXPORTS) + "\n})();"
+    script: str = "(() => {" + javascript_bundle(_EXPORTS) + "\n})();"
     if "</script" in script.lower() or "<!--" in script or "\r" in script:
         return None  # would end its element; has not been seen
     return script

@@ -18,14 +18,15 @@ __all__ = ["from_dict", "load"]
 
 # Where reports are defined: theirs are the titles that can be read.
 MODULES = (
+    "normwise.doctor.repairing",
     "normwise.doctor.report",
-    "normwise.doctor.repair",
     "normwise.graph.report",
     "normwise.tools.bench",
     "normwise.tools.convert",
     "normwise.tools.equalization",
     "normwise.tools.quantization",
     "normwise.tools.recalibrate",
+    "normwise.tools.watch",
 )
 LARGEST = 64 * 2**20
 """Bytes. A check of 10,000 layers with a finding each has 5 MB."""

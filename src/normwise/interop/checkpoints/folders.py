@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normwise.interop.checkpoints.file import Region, open_file, refuse
 from normwise.interop.checkpoints.grouping import NormPlan
-from normwise.interop.checkpoints.limits import NAME, SHARDS, parse_json, shown
+from normwise.interop.checkpoints.limits import DESCRIPTION, NAME, SHARDS, parse_json, shown
 from normwise.interop.checkpoints.neighbours import neighbour
 from normwise.interop.checkpoints.single import SUFFIXES, Single, open_single
 from normwise.interop.checkpoints.tensors import TensorInfo

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +17,10 @@ from normwise.errors import InputError, NormwiseError, message
 from normwise.functional import batch_moments
 from normwise.moments import Moments
 from normwise.nn.batchnorm import BatchNorm
+from normwise.tools.norms import arguments_of, boolean_mask
 from normwise.tools.recalibrate.layers import Layer
 
-__all__ = ["Collector", "Pool", "arguments_of", "boolean_mask"]
+__all__ = ["Collector", "Pool"]
 
 
 @dataclass
@@ -74,19 +74,6 @@ class _Call:
 
 # Which forwards are the affine map and nothing else.
 _PLAIN = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
-
-
-@lru_cache(maxsize=256)
-def _signature(kind: Any) -> inspect.Signature:
-    return inspect.signature(kind.forward)
-
-
-def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The call's arguments by name, with the first as '0' too."""
-    kind: Any = type(module)
-    bound = _signature(kind).bind(module, *args, **kwargs).arguments
-    values = list(bound.values())
-    return {**bound, "0": values[1] if len(values) > 1 else None}
 
 
 class Collector:
@@ -206,10 +193,6 @@ class Collector:
             ):
                 return name
         return None
-
-
-def boolean_mask(mask: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
 
 
 def _finite(moments: Moments | None) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from normwise.moments import Moments
 from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, Result, number
+from normwise.tools.norms import drift, largest
 from normwise.tools.recalibrate.collect import Pool
 from normwise.tools.recalibrate.layers import Layer, Statistics
 from normwise.tools.recalibrate.modes import Outcome
@@ -150,15 +151,10 @@ class RecalibrationResult(Result[nn.Module, RecalibrationReport]):
         return self.model
 
 
-def _largest(t: Tensor) -> float:
-    """With its sign."""
-    return float(t.flatten()[t.abs().argmax()]) if t.numel() else 0.0
-
-
 def _drift(s: Statistics, seen: Moments, eps: float) -> tuple[float, float]:
     mean, var = seen.mean.to(s.mean), seen.variance(1).to(s.var)
-    shift = (s.mean - mean).abs() * (var + eps).rsqrt()
-    return _largest(shift), _largest(torch.log((s.var + eps) / (var + eps)))
+    shift, log_var = drift(s.mean, s.var, mean, var, eps)
+    return float(largest(shift)), float(largest(log_var))
 
 
 def _check(layer: Layer, s: Statistics, pool: Pool) -> dict[str, Any]:
@@ -179,8 +175,8 @@ def _check(layer: Layer, s: Statistics, pool: Pool) -> dict[str, Any]:
     mean_error = (mean - beta).abs() / _unit(torch.maximum(gamma.abs(), beta.abs()))
     var_error = (var - scale * scale * s.var * ((n - 1) / n)).abs() / _unit(gamma * gamma)
     return {
-        "mean_error": _largest(mean_error),
-        "var_error": _largest(var_error),
+        "mean_error": float(largest(mean_error)),
+        "var_error": float(largest(var_error)),
         "checked": "input" if pool.given is None else "output",
     }
 
