@@ -48,7 +48,7 @@ def _copied(value: Any) -> Any:
 
 
 def _snapshot(module: nn.Module, watched: bool) -> dict[str, Any]:
-    """``vars(module)`` as they are to stay. One comparison of two dicts, in C, takes 0.5 us.
+    """``vars(module)`` as they are to stay. One comparison of two dicts, in C, takes 0.6 to 0.9 us.
 
     ``watched``: no hook may come.
     """
