@@ -270,3 +270,9 @@ def test_the_targets_are_those_of_the_contract() -> None:
     assert set(TARGETS) == {
         "normwise", "torch", "sync", "frozen", "ghost", "renorm", "group", "instance"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("to", ["normwise", "torch", "group", "instance", "ghost", "frozen"])
+def test_an_option_that_the_target_has_not_is_refused(to: str) -> None:
+    with pytest.raises(InputError, match="colour"):
+        nw.convert(nn.Sequential(nn.BatchNorm2d(4)), to, colour="red")

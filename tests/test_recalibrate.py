@@ -246,6 +246,26 @@ def test_masked_elements_stay_out() -> None:
         expect(model.bn, x, mask=mask)
 
 
+@pytest.mark.parametrize("mode", ["exact", "batch"])
+def test_padding_stays_out_by_lengths(mode: str) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nw.nn.BatchNorm1d(5)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            y: Tensor = self.bn(x, lengths=lengths)
+            return y
+
+    x = torch.randn(6, 5, 8, dtype=torch.float64)
+    lengths = torch.tensor([8, 3, 5, 1, 7, 2])
+    mask = torch.arange(8).expand(6, 1, 8) < lengths.view(6, 1, 1)
+    x = torch.where(mask, x, torch.nan)
+    batches = list(zip(x.split(2), lengths.split(2), strict=True))
+    model, _ = nw.recalibrate(Padded().double(), batches, mode=mode)
+    expect(model.bn, x, mask=mask)
+
+
 def test_channel_dim_is_respected() -> None:
     x = torch.randn(6, 8, 5, dtype=torch.float64)
     model, _ = nw.recalibrate(nw.nn.BatchNorm(5, channel_dim=-1).double(), split(x, 4))

@@ -17,7 +17,7 @@ from torch.utils.data import SequentialSampler
 from normwise.functional import batch_moments
 from normwise.graph.run import tensors_in
 from normwise.moments import Moments
-from normwise.tools.norms import arguments_of, boolean_mask
+from normwise.tools.norms import arguments_of, mask_of
 from normwise.tools.recalibrate.feed import Feed, batch_size
 from normwise.tools.recalibrate.transaction import Transaction
 
@@ -181,9 +181,10 @@ class _Watch:
 
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = arguments_of(module, args, kwargs)
-        x, mask = given["0"], boolean_mask(given.get("mask"))
+        x = given["0"]
         if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
             return
+        mask = mask_of(module, x, given)
         if name not in self.order:
             self.order.append(name)
         seen = self.into.setdefault(name, Seen())
@@ -195,7 +196,7 @@ class _Watch:
         seen.counts.append(int(moments.count.min()))
         seen.shapes.append(tuple(x.shape))
         seen.dtypes.add(x.dtype)
-        seen.masked |= mask is not None or given.get("lengths") is not None
+        seen.masked |= mask is not None
         finite = torch.isfinite(x)
         seen.nonfinite += int(x.numel() - finite.sum())
         if x.numel():

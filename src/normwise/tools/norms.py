@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import InputError, message
+from normwise.functional.masks import lengths_to_mask
 
-__all__ = ["Layers", "arguments_of", "boolean_mask", "chosen", "core", "drift", "largest"]
+__all__ = ["Layers", "arguments_of", "chosen", "core", "drift", "largest", "mask_of"]
 
 Layers = Iterable[str | nn.Module] | Callable[[str, nn.Module], bool]
 
@@ -74,8 +75,12 @@ def arguments_of(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
     return {**bound, "0": values[1] if len(values) > 1 else None}
 
 
-def boolean_mask(mask: Any) -> Tensor | None:
-    """``mask`` if it is one; what is not, the layer itself refuses."""
+def mask_of(module: nn.Module, x: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+    """Which values of ``x`` count, by the call's ``mask=`` or ``lengths=`` among the arguments
+    ``given``; None for all. What is no mask, the layer itself refuses."""
+    lengths, mask = given.get("lengths"), given.get("mask")
+    if lengths is not None:
+        return lengths_to_mask(lengths, x, getattr(module, "channel_dim", 1))
     return mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
 
 

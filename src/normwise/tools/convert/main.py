@@ -16,7 +16,7 @@ from normwise.graph.verify import distance
 from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, Result
 from normwise.tools.convert.specs import Spec, is_norm, spec_of
-from normwise.tools.convert.targets import REASONS, TARGETS, Made, Stay
+from normwise.tools.convert.targets import OPTIONS_OF, REASONS, TARGETS, Made, Stay
 
 __all__ = ["ConvertReport", "convert", "convert_all"]
 
@@ -164,6 +164,15 @@ def convert(
                 "a norm is converted into a kind that is known",
                 repr(to),
                 f"one of {', '.join(map(repr, TARGETS))}",
+            )
+        )
+    strange = set(options) - OPTIONS_OF.get(to, set(options))
+    if strange:
+        raise InputError(
+            message(
+                f"the options are those of the target {to!r}",
+                ", ".join(sorted(strange)),
+                ", ".join(sorted(OPTIONS_OF[to])) or "none at all",
             )
         )
     call = None if example_inputs is None else Call.of(example_inputs)

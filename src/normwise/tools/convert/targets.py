@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from normwise import nn as ours
 from normwise.tools.convert.specs import OPTIONS, PLAIN, Spec
 
-__all__ = ["REASONS", "TARGETS", "Made", "Stay"]
+__all__ = ["OPTIONS_OF", "REASONS", "TARGETS", "Made", "Stay"]
 
 REASONS: dict[str, str] = {
     "already": "it is what it would become",
@@ -250,4 +250,12 @@ TARGETS: dict[str, Callable[[Any, Spec, dict[str, Any]], Made]] = {
     "renorm": _variant("BatchRenorm"),
     "group": to_group,
     "instance": to_instance,
+}
+
+# Of the targets that do not hand their options on to a class, which refuses what it does not know.
+OPTIONS_OF: dict[str, frozenset[str]] = {
+    "normwise": frozenset(),
+    "torch": frozenset(),
+    "group": frozenset({"num_groups"}),
+    "instance": frozenset(),
 }

@@ -17,7 +17,7 @@ from normwise.errors import InputError, NormwiseError, message
 from normwise.functional import batch_moments
 from normwise.moments import Moments
 from normwise.nn.batchnorm import BatchNorm
-from normwise.tools.norms import arguments_of, boolean_mask
+from normwise.tools.norms import arguments_of, mask_of
 from normwise.tools.recalibrate.layers import Layer
 
 __all__ = ["Collector", "Pool"]
@@ -125,10 +125,11 @@ class Collector:
 
     def _before(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = arguments_of(module, args, kwargs)
-        x, mask = given["0"], given.get("mask")
+        x = given["0"]
         if not isinstance(x, Tensor):
             return  # the layer's own error says more
-        moments = batch_moments(x.detach(), getattr(module, "channel_dim", 1), boolean_mask(mask))
+        mask = mask_of(module, x, given)
+        moments = batch_moments(x.detach(), getattr(module, "channel_dim", 1), mask)
         if self.by_batch and module.training and int(moments.count) == 1:
             self.refusal = InputError(
                 message(
@@ -148,13 +149,14 @@ class Collector:
         plain = (
             type(module).forward in _PLAIN
             and getattr(module, "activation", None) is None
+            and given.get("activation") is None
             and given.get("residual") is None
             and isinstance(y, Tensor)
         )
         moments = None
         if plain:
             axis = getattr(module, "channel_dim", 1)
-            moments = batch_moments(y.detach(), axis, boolean_mask(given.get("mask")))
+            moments = batch_moments(y.detach(), axis, mask_of(module, y, given))
         self.calls.setdefault(layer.name, _Call()).given.append(moments)
 
     def end(self) -> None:

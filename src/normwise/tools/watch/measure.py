@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from normwise.functional import batch_moments
-from normwise.functional.masks import lengths_to_mask
 from normwise.moments import accumulation_dtype
 from normwise.nn.modes import current
 from normwise.nn.switches import Switches
-from normwise.tools.norms import boolean_mask, drift, largest
+from normwise.tools.norms import drift, largest
 
-__all__ = ["GAPS", "bring", "count_nonfinite", "gaps", "mask_of", "norm", "percentiles", "spread"]
+__all__ = ["GAPS", "bring", "count_nonfinite", "gaps", "norm", "percentiles", "spread"]
 
 GAPS = ("shift", "shift_median", "log_var", "log_var_median")
 """What :func:`gaps` gives, in order."""
@@ -62,14 +61,6 @@ def spread(x: Tensor, most: int, mask: Tensor | None = None) -> Tensor:
     index = torch.unravel_index(torch.arange(0, n, step, device=x.device), x.shape)
     values = x[index].to(dtype)
     return values if mask is None else values[mask.expand(x.shape)[index]]
-
-
-def mask_of(module: nn.Module, x: Tensor, given: dict[str, Any]) -> Tensor | None:
-    """Which values count, by the call's ``mask=`` or ``lengths=``."""
-    lengths = given.get("lengths")
-    if lengths is None:
-        return boolean_mask(given.get("mask"))
-    return lengths_to_mask(lengths, x, getattr(module, "channel_dim", 1))
 
 
 def count_nonfinite(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from normwise.functional.autograd import transformed
-from normwise.tools.norms import arguments_of
+from normwise.tools.norms import arguments_of, mask_of
 from normwise.tools.watch.call import Call, rows
-from normwise.tools.watch.measure import count_nonfinite, gaps, mask_of, norm, spread
+from normwise.tools.watch.measure import count_nonfinite, gaps, norm, spread
 from normwise.tools.watch.record import WatchRecord
 
 __all__ = ["Watcher"]
