@@ -129,14 +129,16 @@ NW_INLINE MeanM2 finish(ShiftedSums t, double shift, double n) {
 }
 
 // The careful way: three passes in double over a channel, `outer` runs of `inner` values `stride`
-// apart. Also what inf and NaN go through, which come out as they should: not finite.
+// apart, without those that a mask (outer, inner) leaves out, so that `n` are left. Also what inf and
+// NaN go through, which come out as they should: not finite.
 template <class T>
-inline MeanM2 careful_moments(const T* x, int64_t outer, int64_t stride, int64_t inner) {
-  const double n = double(outer) * double(inner);
+inline MeanM2 careful_moments(const T* x, int64_t outer, int64_t stride, int64_t inner, double n,
+                              const uint8_t* mask = nullptr) {
   const auto sum = [&](const auto& term) {
     double total = 0;
     for (int64_t o = 0; o < outer; ++o)
-      for (int64_t i = 0; i < inner; ++i) total += term(double(to_compute(x[o * stride + i])));
+      for (int64_t i = 0; i < inner; ++i)
+        if (!mask || mask[o * inner + i]) total += term(double(to_compute(x[o * stride + i])));
     return total;
   };
   double mean = sum([](double v) { return v; }) / n;

@@ -43,6 +43,7 @@ struct Call {
   double count = 0;                // how many elements the sums run over (backward_input)
   bool constant = false;           // mean and var do not depend on x: sums are results only
   int64_t parts = 1;               // this many such calls make one tensor (ghost batches)
+  const uint8_t* mask = nullptr;   // (outer, inner), 0 where an element takes no part; or absent
 
   void* scratch = nullptr;         // scratch_bytes(call) bytes, 64-byte aligned
 };
@@ -58,7 +59,11 @@ struct Kernels {
   void (*backward_input)(const Call&);  // dy, x, mean, var, sums or none -> dx, dresidual
   void (*train_backward)(const Call&);  // dy, x, moments -> sums, d everything
   void (*eval_backward)(const Call&);   // dy, x, mean, var, constant -> sums, d everything
+  const Kernels* masked;                // the same for calls with a mask
 };
+
+// With a mask channels lie in runs of at least this length (every vector fills), or side by side.
+constexpr int64_t kMaskedRun = 16;
 
 // The running statistics' policy: running = (1 - m) * running + m * batch, m = momentum, or
 // 1 / num_batches_tracked for the cumulative average (momentum < 0 says so).

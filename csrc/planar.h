@@ -60,7 +60,7 @@ template <class T> struct Planar {
       MeanM2 m = finish(sums, double(shift), n);
       if (!m.trusted)
         m = careful_moments(read + c * call.inner, call.outer, call.channels * call.inner,
-                            call.inner);
+                            call.inner, n);
       write_moments(call, c, n, m);
     }
   };
