@@ -26,6 +26,35 @@ template <class R> NW_INLINE Bits<R> taken(const uint8_t* m) {
 #endif
 }
 
+// The same at a place: `m` is the byte of place 0. Of a step's vectors of BFloat16 the even ones and
+// the odd ones.
+template <class T> NW_INLINE auto taken_at(const uint8_t* m, int64_t i) {
+  return taken<Compute<T>>(m + i);
+}
+NW_INLINE WordBits two_a_lane(const uint8_t* m) {
+  typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
+  Bytes bytes;
+  std::memcpy(&bytes, m, sizeof bytes);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return bit_cast<WordBits>(_mm256_cvtepu8_epi16(bit_cast<__m128i>(bytes)));
+#else
+  return bit_cast<WordBits>(__builtin_convertvector(bytes, Words));
+#endif
+}
+template <class T> NW_INLINE auto taken_at(const uint8_t* m, First s) {
+  if constexpr (kInterleaved<T>)
+    return bit_cast<Bits<float>>(two_a_lane(m + s.i) << 16) != 0;
+  else
+    return taken<Compute<T>>(m + s.i);
+}
+template <class T> NW_INLINE auto taken_at(const uint8_t* m, Second s) {
+  if constexpr (kInterleaved<T>)
+    return bit_cast<Bits<float>>(two_a_lane(m + s.i) >> 16) != 0;
+  else
+    return taken<Compute<T>>(m + s.i + kWidth<T>);
+}
+
 // The elements of a row that take part lie in [begin, end).
 struct Span {
   int64_t begin, end;

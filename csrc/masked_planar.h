@@ -41,7 +41,7 @@ template <class T> struct MaskedPlanar {
   struct Lanes {
     const uint8_t* mask;
     int64_t shift;
-    NW_INLINE P keep(int64_t i, P v) const { return taken<R>(mask + i + shift) ? v : P{}; }
+    NW_INLINE P keep(auto i, P v) const { return taken_at<T>(mask + shift, i) ? v : P{}; }
   };
 
   // Calls f(first, begin, end, last, lanes) for each run [first, last) of chunk k of channel c:
@@ -164,7 +164,7 @@ template <class T> struct MaskedPlanar {
       return taken.samples ? R(total / double(taken.samples)) : R(0);
     }
     NW_INLINE auto terms(R shift, Lanes lanes) const {
-      return [x = x, shift, lanes](int64_t i) NW_LAMBDA_INLINE {
+      return [x = x, shift, lanes](auto i) NW_LAMBDA_INLINE {
         const P d = lanes.keep(i, load<T>(x + i) - shift);
         return Terms<R>{d, d, d};
       };
@@ -193,7 +193,7 @@ template <class T> struct MaskedPlanar {
     NW_INLINE auto map(const Affine<R>& f, Lanes lanes) const {
       const Call& call = this->call;
       return [f, lanes, x = this->x, r = static_cast<const T*>(call.residual),
-              code = call.activation, slope = R(call.slope)](int64_t i) NW_LAMBDA_INLINE {
+              code = call.activation, slope = R(call.slope)](auto i) NW_LAMBDA_INLINE {
         P z = apply<R>(f, load<T>(x + i));
         if constexpr (Residual)
           if (Act != kAny || r) z += load<T>(r + i);
@@ -237,7 +237,7 @@ template <class T> struct MaskedPlanar {
       return {s, affine<R>(call, c, s)};
     }
     NW_INLINE auto terms(const Setting& s, Lanes lanes) const {
-      return [f = s.f, lanes, x = x, up = Upstream<T>(call)](int64_t i) NW_LAMBDA_INLINE {
+      return [f = s.f, lanes, x = x, up = Upstream<T>(call)](auto i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
         const P g = up.template dz<Act>(i, LoadVector{}, [&] { return apply<R>(f, xv); });
         const P kept = lanes.keep(i, g);
@@ -252,7 +252,7 @@ template <class T> struct MaskedPlanar {
       return {affine<R>(call, c, s), gradient<R>(call, c, s)};
     }
     NW_INLINE auto map(const Constants& k, Lanes lanes) const {
-      return [k, lanes, x = x, up = Upstream<T>(call)](int64_t i) NW_LAMBDA_INLINE {
+      return [k, lanes, x = x, up = Upstream<T>(call)](auto i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
         const P z = up.template dz<Act>(i, LoadVector{}, [&] { return apply<R>(k.f, xv); });
         const P dx = lanes.keep(

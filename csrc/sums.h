@@ -47,9 +47,9 @@ template <class R> struct Sums {
   NW_INLINE void count(Lanes& a) {
     if (++terms == kTerms) flush(a);
   }
-  // at(i): the terms of the vector at i.
+  // at(i): the terms of the vector at i; at(First{i}), at(Second{i}): of the two of a step.
   template <class At> NW_INLINE void step(Lanes& l, int64_t i, const At& at) {
-    const Terms<R> a = at(i), b = at(i + W);
+    const Terms<R> a = at(First{i}), b = at(Second{i});
     l.s0 += a.s;
     l.q0 = multiply_add<R>(a.left, a.right, l.q0);
     l.s1 += b.s;
