@@ -33,12 +33,12 @@ template <class T> NW_INLINE auto taken_at(const uint8_t* m, int64_t i) {
 }
 NW_INLINE WordBits two_a_lane(const uint8_t* m) {
   typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes / 2)));
-  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
   Bytes bytes;
   std::memcpy(&bytes, m, sizeof bytes);
 #if defined(__AVX2__) && !defined(__AVX512F__)
   return bit_cast<WordBits>(_mm256_cvtepu8_epi16(bit_cast<__m128i>(bytes)));
 #else
+  typedef uint16_t Words __attribute__((vector_size(kVectorBytes)));
   return bit_cast<WordBits>(__builtin_convertvector(bytes, Words));
 #endif
 }

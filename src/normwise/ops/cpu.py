@@ -1,7 +1,7 @@
 """The C++ kernels. The only place that hands out the memory of tensors.
 
-Each function returns NotImplemented where the kernels do not serve the call (masks, dtypes,
-mixed devices, no extension); the dispatcher then asks the reference.
+Each function returns NotImplemented where the kernels do not serve the call (dtypes, mixed devices,
+masks of short runs, no extension); the dispatcher then asks the reference.
 """
 
 from __future__ import annotations
