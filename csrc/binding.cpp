@@ -419,6 +419,8 @@ bool backward(nb::handle dy, nb::handle x, nb::handle mean, nb::handle var, nb::
   return o.fit;
 }
 
+#include "binding_sets.h"
+
 bool update_running(nb::handle moments, nb::handle mean, nb::handle var, nb::handle tracked,
                     nb::handle nonfinite, double momentum, bool skip_nonfinite) {
   Operands o;
@@ -487,6 +489,7 @@ NB_MODULE(_native, m) {
   m.def("update_running", &update_running, arg(), arg(), arg(), arg().none(), arg().none(), arg(),
         arg());
   // clang-format on
+  bind_sets(m);
   m.def("set_exchange", &set_exchange);
   m.def("train_gradients", &train_gradients);
   m.def("eval_gradients", &eval_gradients);

@@ -22,7 +22,7 @@ NW_INLINE Statistics from_vectors(const Call& call, int64_t c) {
   return {read(call.mean, c, 0), 1 / std::sqrt(read(call.var, c, 1) + call.eps)};
 }
 
-// A constant in R. Of NaN only that it is one is kept: see nearest() in simd.h.
+// A constant in R. Of NaN only that it is one is kept: see interleave() in simd.h.
 template <class R> NW_INLINE R constant(double v) {
   return v != v ? std::numeric_limits<R>::quiet_NaN() : R(v);
 }
@@ -71,7 +71,8 @@ template <class T> struct Upstream {
   int activation;
   R slope;
 
-  explicit Upstream(const Call& call)
+  template <class AnyCall>
+  explicit Upstream(const AnyCall& call)
       : dy(static_cast<const T*>(call.dy)),
         output(static_cast<const T*>(call.output)),
         residual(static_cast<const T*>(call.residual)),

@@ -70,9 +70,11 @@ template <class Choice> struct Operators {
   static void train_backward(const Call& call) { backward(call, true, true, true); }
   static void eval_backward(const Call& call) { backward(call, true, true, false); }
 
+  // The table of these; that of the norms of sets is filled in by who has them.
   static constexpr Kernels table(const char* name, const Kernels* masked) {
     return {name,           scratch_bytes,  moments,       normalize, train_forward, backward_reduce,
-            backward_input, train_backward, eval_backward, masked};
+            backward_input, train_backward, eval_backward, nullptr,   nullptr,       nullptr,
+            masked};
   }
 };
 

@@ -9,7 +9,10 @@
 
 namespace nw::NW_ISA {
 
-const Kernels* masked_kernels();
+const Kernels* masked_kernels();              // masked.cpp
+int64_t sets_scratch_bytes(const SetCall&);  // sets.cpp
+void sets_forward(const SetCall&);
+void sets_backward(const SetCall&);
 
 namespace {
 
@@ -29,8 +32,14 @@ struct ByLayout {
 }  // namespace
 
 const Kernels* kernels() {
-  static const Kernels table = Operators<ByLayout>::table(NW_TEXT(NW_ISA), masked_kernels());
-  return &table;
+  static const Kernels all = [] {
+    Kernels k = Operators<ByLayout>::table(NW_TEXT(NW_ISA), masked_kernels());
+    k.sets_scratch_bytes = sets_scratch_bytes;
+    k.sets_forward = sets_forward;
+    k.sets_backward = sets_backward;
+    return k;
+  }();
+  return &all;
 }
 
 }  // namespace nw::NW_ISA

@@ -48,7 +48,34 @@ struct Call {
   void* scratch = nullptr;         // scratch_bytes(call) bytes, 64-byte aligned
 };
 
-// One per instruction set, all compiled from kernels.cpp.
+// One call of a norm of sets (layer, RMS, group, instance): tensors of x's size are contiguous, and
+// the parameter of run p of group g is g * runs + p.
+struct SetCall {
+  int64_t samples = 0, groups = 0, runs = 0, length = 0;
+  int dtype = kFloat32;
+  int activation = kNone;
+  double slope = 0, eps = 0;
+  bool centred = true;             // false: root mean square, the mean is taken for 0
+
+  const void* x = nullptr;         // (samples, groups, runs, length)
+  const void* residual = nullptr;  // x's size or absent
+  const void* output = nullptr;    // x's size: y, where it replaces z in backward
+  const void* dy = nullptr;        // x's size, in backward
+  void* y = nullptr;               // x's size, written
+  void* dx = nullptr;              // x's size, written
+  void* dresidual = nullptr;       // x's size, written if not absent
+
+  Vector weight, bias;             // (groups * runs,)
+  // (3, samples * groups): count, mean, m2. Forward writes them if they are not absent; backward
+  // reads them, or takes them once more from x.
+  double* moments = nullptr;
+  void* dweight = nullptr;         // (groups * runs,), weight's dtype, written if not absent
+  void* dbias = nullptr;           // (groups * runs,), bias's dtype, written if not absent
+
+  void* scratch = nullptr;         // sets_scratch_bytes(call) bytes, 64-byte aligned
+};
+
+// One per instruction set, all compiled from kernels.cpp, masked.cpp and sets.cpp.
 struct Kernels {
   const char* name;
   int64_t (*scratch_bytes)(const Call&);
@@ -59,7 +86,10 @@ struct Kernels {
   void (*backward_input)(const Call&);  // dy, x, mean, var, sums or none -> dx, dresidual
   void (*train_backward)(const Call&);  // dy, x, moments -> sums, d everything
   void (*eval_backward)(const Call&);   // dy, x, mean, var, constant -> sums, d everything
-  const Kernels* masked;                // the same for calls with a mask
+  int64_t (*sets_scratch_bytes)(const SetCall&);
+  void (*sets_forward)(const SetCall&);   // x -> y, moments
+  void (*sets_backward)(const SetCall&);  // dy, x -> d everything
+  const Kernels* masked;                // the same for batch norms with a mask
 };
 
 // With a mask channels lie in runs of at least this length (every vector fills), or side by side.

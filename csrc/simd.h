@@ -202,15 +202,16 @@ template <> NW_INLINE Pack<float> load<Float16>(const Float16* p) {
 
 // A vector as it lies in memory.
 template <class T> NW_INLINE auto encode(Pack<Compute<T>> v) { return v; }
-// The upper half of each lane is v rounded to the nearest BFloat16, ties to even. NaN needs no case of
-// its own: its lower half is 0 here (values are read from 16 bits, channel.h makes no other), so
-// that nothing carries into the exponent; the comparison and the choice were 3 of 10 instructions.
+// The upper half of each lane is v rounded to the nearest BFloat16, ties to even; but for NaN, whose
+// lower half may carry it into infinity and beyond.
 NW_INLINE WordBits nearest(Pack<float> v) {
   const WordBits u = bit_cast<WordBits>(v);
   return u + 0x7fffu + ((u >> 16) & 1u);
 }
 template <> NW_INLINE auto encode<BFloat16>(Pack<float> v) {
-  const WordBits bits = nearest(v) >> 16;
+  // NaN stays NaN, quiet. (v != v is one instruction; a comparison of unsigned integers is several.)
+  const WordBits u = bit_cast<WordBits>(v);
+  const WordBits bits = (v != v ? u | 0x400000u : nearest(v)) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i words = bit_cast<__m256i>(bits);
   return _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -251,6 +252,27 @@ template <class V> NW_INLINE void stream_bytes(void* p, const V& bits) {
 template <class T> NW_INLINE void stream(T* p, Pack<Compute<T>> v) {
   stream_bytes(p, encode<T>(v));
 }
+// Two vectors in a row. Those of half types make one store: four small ones to a line, beside
+// another tensor's, left lines half filled (0.3 of the speed of ordinary stores). They are joined in
+// registers: through memory the load would wait for two stores.
+template <class T> NW_INLINE void stream(T* p, Pack<Compute<T>> v, Pack<Compute<T>> w) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(T) == 2) {
+    const auto low = encode<T>(v), high = encode<T>(w);
+#if defined(__AVX512F__)
+    stream_bytes(p, _mm512_inserti64x4(_mm512_castsi256_si512(bit_cast<__m256i>(low)),
+                                       bit_cast<__m256i>(high), 1));
+#else
+    stream_bytes(p, _mm256_inserti128_si256(_mm256_castsi128_si256(bit_cast<__m128i>(low)),
+                                            bit_cast<__m128i>(high), 1));
+#endif
+    return;
+  }
+#endif
+  stream<T>(p, v);
+  stream<T>(p + kWidth<T>, w);
+}
+
 // ---- a step: two vectors of values ------------------------------------------------------------
 // The two vectors of a step at place i: values [i, i + W) and [i + W, i + 2 W). Of BFloat16 the even
 // and the odd ones: a shift and a mask take them from one load, and back, where unpacking halves in
@@ -282,6 +304,8 @@ template <class T> NW_INLINE Pack<Compute<T>> load(SecondOf<T> s) {
   else
     return load<T>(s.p + kWidth<T>);
 }
+// No case for NaN (3 of 10 instructions): its lower half must be 0, as it is where values are read from
+// 16 bits and constants come from constant() in channel.h.
 NW_INLINE WordBits interleave(Pack<float> first, Pack<float> second) {
   const WordBits even = nearest(first) >> 16, odd = nearest(second);
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -292,7 +316,7 @@ NW_INLINE WordBits interleave(Pack<float> first, Pack<float> second) {
 #endif
 }
 template <class T>
-NW_INLINE void store(T* p, Pack<Compute<T>> first, Pack<Compute<T>> second) {
+NW_INLINE void store_step(T* p, Pack<Compute<T>> first, Pack<Compute<T>> second) {
   if constexpr (kInterleaved<T>) {
     const WordBits bits = interleave(first, second);
     std::memcpy(p, &bits, sizeof bits);
@@ -301,27 +325,12 @@ NW_INLINE void store(T* p, Pack<Compute<T>> first, Pack<Compute<T>> second) {
     store<T>(p + kWidth<T>, second);
   }
 }
-// Half types make one store: four small ones to a line, beside another tensor's, left lines half
-// filled (0.3 of the speed of ordinary stores). They are joined in registers: through memory the load
-// would wait for two stores.
 template <class T>
-NW_INLINE void stream(T* p, Pack<Compute<T>> first, Pack<Compute<T>> second) {
-  if constexpr (kInterleaved<T>) return stream_bytes(p, interleave(first, second));
-#if defined(__AVX2__)
-  if constexpr (sizeof(T) == 2) {
-    const auto low = encode<T>(first), high = encode<T>(second);
-#if defined(__AVX512F__)
-    stream_bytes(p, _mm512_inserti64x4(_mm512_castsi256_si512(bit_cast<__m256i>(low)),
-                                       bit_cast<__m256i>(high), 1));
-#else
-    stream_bytes(p, _mm256_inserti128_si256(_mm256_castsi128_si256(bit_cast<__m128i>(low)),
-                                            bit_cast<__m128i>(high), 1));
-#endif
-    return;
-  }
-#endif
-  stream<T>(p, first);
-  stream<T>(p + kWidth<T>, second);
+NW_INLINE void stream_step(T* p, Pack<Compute<T>> first, Pack<Compute<T>> second) {
+  if constexpr (kInterleaved<T>)
+    stream_bytes(p, interleave(first, second));
+  else
+    stream<T>(p, first, second);
 }
 // Brings `count` values from p on into the second level cache, without waiting.
 template <class T> NW_INLINE void prefetch(const T* p, int64_t count) {

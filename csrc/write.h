@@ -85,9 +85,9 @@ template <class T, int Outs> struct Writer {
   NW_INLINE void put(int64_t i, const Results<R, Outs>& r, const Results<R, Outs>& s) const {
     for (int k = 0; k < Outs; ++k) {
       if constexpr (Stream) {
-        stream<T>(to[k] + i, r.v[k], s.v[k]);
+        stream_step<T>(to[k] + i, r.v[k], s.v[k]);
       } else {
-        store<T>(to[k] + i, r.v[k], s.v[k]);
+        store_step<T>(to[k] + i, r.v[k], s.v[k]);
       }
     }
   }

@@ -18,6 +18,8 @@ from normwise.nn.modes import (
 from normwise.ops import backends
 
 if TYPE_CHECKING:
+    from normwise import plots
+    from normwise.doctor import check, repair
     from normwise.graph import fold, load_folded
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from normwise.tools.memory import memory_saver
     from normwise.tools.quantization import quantization_report
     from normwise.tools.recalibrate import recalibrate
+    from normwise.tools.watch import watch
 
 try:
     __version__ = version("normwise")
@@ -36,6 +39,7 @@ __all__ = [
     "Moments",
     "accumulate_statistics",
     "backends",
+    "check",
     "checkpoint_contexts",
     "convert",
     "domain",
@@ -47,13 +51,17 @@ __all__ = [
     "load_folded",
     "memory_saver",
     "nn",
+    "plots",
     "quantization_report",
     "recalibrate",
+    "repair",
     "tune_allocator",
+    "watch",
 ]
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "check": "normwise.doctor",
     "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",
     "fold": "normwise.graph",
@@ -61,15 +69,19 @@ _TOOLS = {
     "memory_saver": "normwise.tools.memory",
     "quantization_report": "normwise.tools.quantization",
     "recalibrate": "normwise.tools.recalibrate",
+    "repair": "normwise.doctor",
     "tune_allocator": "normwise.tools.allocator",
+    "watch": "normwise.tools.watch",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plots":  # needs matplotlib
+        return import_module("normwise.plots")
     if name not in _TOOLS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_TOOLS[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TOOLS})
+    return sorted({*globals(), *_TOOLS, "plots"})

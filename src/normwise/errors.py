@@ -7,6 +7,7 @@ The classes inherit from the built-in exceptions that ``torch.nn`` raises in the
 from __future__ import annotations
 
 __all__ = [
+    "CheckpointError",
     "CollectiveError",
     "DtypeError",
     "InputError",
@@ -40,6 +41,10 @@ class NonFiniteError(NormwiseError, ArithmeticError, RuntimeError):
 
 class CollectiveError(NormwiseError, RuntimeError):
     """A collective of a synchronised norm failed or timed out; names the layer that waited."""
+
+
+class CheckpointError(NormwiseError, ValueError):
+    """A checkpoint that cannot be read, or not safely: damaged, foreign, or wanting to run code."""
 
 
 class OutputError(NormwiseError, OSError):

@@ -11,39 +11,37 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import StringIO
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor
 
-from normwise.files import write_atomically
+from normwise.pages import Axis, Chart, Column, Page, Section, Table
+from normwise.pages.cells import is_number, shown
 
-__all__ = ["Entry", "Report", "Result", "plain"]
+__all__ = ["Entry", "Report", "Result", "counted", "label", "number", "plain"]
+
+M = TypeVar("M")
+R = TypeVar("R", bound="Report")
 
 
-def plain(value: Any) -> Any:
-    """``value`` as JSON knows it: tensors as lists, inf and NaN as None, the rest as it is."""
+def plain(value: Any, *, finite: bool = True) -> Any:
+    """``value`` as JSON knows it: tensors as lists, inf and NaN as None if ``finite``."""
     if isinstance(value, Tensor):
-        return plain(value.tolist())
+        return plain(value.tolist(), finite=finite)
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): plain(v, finite=finite) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [plain(v, finite=finite) for v in value]
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) or not finite else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
     return str(value)
 
 
-def _shown(value: Any) -> str:
-    """A cell of a table."""
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_shown, value))
-    return str(value)
+def number(value: Any) -> float:
+    """A figure that may have gone through JSON, which has no NaN: there it is None."""
+    return math.nan if value is None else float(value)
 
 
 @dataclass(frozen=True)
@@ -63,27 +61,6 @@ class Entry:
     def to_dict(self) -> dict[str, Any]:
         own = {"name": self.name, "action": self.action, "into": self.into, "reason": self.reason}
         return {**own, **plain(self.facts)}
-
-
-_PAGE = """\
-{% macro table(columns, rows) -%}
-<table><thead><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}<tr>{% for v in row %}<td>{{ v }}</td>{% endfor %}</tr>{% endfor %}
-</tbody></table>
-{%- endmacro %}
-{% if whole %}<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta name="viewport" content="width=device-width">
-<style>
-:root { color-scheme: light dark; } body { font: 15px system-ui, sans-serif; margin: 2rem; }
-table { border-collapse: collapse; } td, th { padding: .3rem .7rem; text-align: left; }
-tr + tr td, tbody td { border-top: 1px solid #8884; font-variant-numeric: tabular-nums; }
-</style></head><body>{% endif %}
-<h3>{{ title }}</h3>
-<p>{% for line in summary %}{{ line }}<br>{% endfor %}</p>
-{% if rows %}{{ table(columns, rows) }}{% endif %}
-{% if whole %}</body></html>{% endif %}
-"""
 
 
 class Report:
@@ -126,12 +103,12 @@ class Report:
         named = [("name", "name"), ("action", "action"), ("into", "into"), ("reason", "why")]
         heads, cells = [], []
         for attribute, head in named:
-            column = [_shown(getattr(e, attribute)) for e in self.entries]
+            column = [shown(getattr(e, attribute)) for e in self.entries]
             if any(column):
                 heads.append(head)
                 cells.append(column)
         for fact in self.columns:
-            column = [_shown(e.facts.get(fact)) for e in self.entries]
+            column = [shown(e.facts.get(fact)) for e in self.entries]
             if any(column):
                 heads.append(fact)
                 cells.append(column)
@@ -157,35 +134,115 @@ class Report:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.summary()[0]}>"
 
-    def _html(self, whole: bool) -> str:
-        from jinja2 import Environment
+    # The page
 
-        columns, rows = self._table()
-        page = Environment(autoescape=True).from_string(_PAGE)
-        return page.render(
-            whole=whole, title=self.title, summary=self.summary(), columns=columns, rows=rows
-        )
+    def charts(self) -> list[Chart]:
+        """What the page draws: how many norms came to what, if not all to the same."""
+        return counted(self.entries)
+
+    def tables(self) -> list[Table]:
+        """The entries, with the facts of :attr:`columns`."""
+        columns = [
+            Column("name", "name", "layer"),
+            Column("action", "action", "category"),
+            Column("into", "into"),
+            Column("reason", "why", "category"),
+        ]
+        for fact in self.columns:
+            values = [e.facts.get(fact) for e in self.entries]
+            numbers = all(v is None or is_number(v) for v in values)
+            columns.append(Column(f"fact {fact}", label(fact), "number" if numbers else "text"))
+        rows = []
+        for entry in self.entries:
+            own = {k: getattr(entry, k) for k in ("name", "action", "into", "reason")}
+            facts = {f"fact {name}": entry.facts.get(name) for name in self.columns}
+            rows.append({**own, **plain(facts, finite=False)})
+        return [Table("Norm by norm", columns, rows)]
+
+    def figures(self) -> list[tuple[str, Any]]:
+        """Names and values that the page shows large."""
+        return []
+
+    def verdict(self) -> tuple[Literal["good", "bad"], str] | None:
+        """How it came out, in a line, if there was something that could come out badly."""
+        return None
+
+    def sections(self) -> list[Section]:
+        """What stands on the report's page (:mod:`normwise.pages`)."""
+        return [
+            Section(
+                title=self.title,
+                summary=self.summary(),
+                verdict=self.verdict(),
+                figures=self.figures(),
+                charts=self.charts(),
+                tables=self.tables(),
+            )
+        ]
+
+    def page(self) -> Page:
+        """The report as a page of its own."""
+        return Page(f"normwise {self.title}", self.sections())
 
     def _repr_html_(self) -> str:
-        return self._html(whole=False)
+        return self.page().fragment()
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON knows it (numbers that are not finite as None)."""
         entries = [e.to_dict() for e in self.entries]
         return {"title": self.title, **plain(self.facts), "entries": entries}
 
+    @classmethod
+    def from_dict(cls: type[R], data: Mapping[str, Any]) -> R:
+        """The report that :meth:`to_dict` wrote; what it wrote as None is None."""
+        own = ("name", "action", "into", "reason")
+        entries = [
+            Entry(
+                e["name"],
+                e["action"],
+                e.get("into"),
+                e.get("reason"),
+                {k: v for k, v in e.items() if k not in own},
+            )
+            for e in data["entries"]
+        ]
+        return cls(entries, {k: v for k, v in data.items() if k not in ("title", "entries")})
+
     def save_html(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as one file that needs nothing else, in one piece.
+        """Write the report as one page that needs nothing else (docs/report.md), in one piece.
+
+        Charts need ``pip install 'normwise[report]'``; without it their data are tables.
 
         Raises:
             OutputError: if ``path`` cannot be written to.
         """
-        page = self._html(whole=True).encode()
-        write_atomically(path, lambda file: file.write(page))
+        self.page().save(path)
 
 
-M = TypeVar("M")
-R = TypeVar("R", bound=Report)
+def counted(entries: Sequence[Entry]) -> list[Chart]:
+    """One chart of how many entries came to each action, and why; none if all came to one."""
+    counts: dict[tuple[str, str], int] = {}
+    for e in entries:
+        key = (e.action, e.reason or "no reason needed")
+        counts[key] = counts.get(key, 0) + 1
+    if len(counts) < 2:
+        return []
+    return [
+        Chart(
+            "bar",
+            "What became of the norms",
+            "How many came to each end, and why.",
+            [{"action": a, "why": why, "norms": n} for (a, why), n in counts.items()],
+            x=Axis("action", "action", "category"),
+            y=Axis("norms", "norms", format="~d"),
+            color=Axis("why", "why", "category") if len({w for _, w in counts}) > 1 else None,
+        )
+    ]
+
+
+def label(name: str) -> str:
+    """``'shift_before'`` as it stands over a column."""
+    return name.replace("_", " ")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ..errors import message
+from .output import console, print_json
+from .progress import bar
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -36,9 +35,17 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="train on handwritten digits without batch norm, with torch.nn's and with normwise's",
         description="Trains the network of the batch norm paper's figure 1 on 1,797 handwritten "
         "digits three times: without batch norm, with torch.nn's and with normwise's. Prints how "
-        "they fared, checks that the two batch norms agree, and draws the figure.",
-        epilog="Exit codes: 0 fine, 1 the two batch norms disagree, 2 wrong usage, a missing "
-        "package or an output directory that cannot be written to.",
+        "they fared, checks that the two batch norms agree, and draws the figure. With --html the "
+        "trained network is checked, recalibrated and folded too, and all of it is on one page.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+examples:
+  normwise demo
+  normwise demo --quick --html page.html
+  normwise demo --seed 3 --json > demo.json
+
+Exit codes: 0 fine, 1 the two batch norms disagree (or, with --html, the trained network has
+findings), 2 wrong usage, a missing package or an output that cannot be written to.""",
     )
     parser.add_argument(
         "--quick", action="store_true", help="a sixth of the steps: a few seconds in all"
@@ -57,44 +64,14 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         help="where the picture goes (default: ./normwise-demo)",
     )
     parser.add_argument(
+        "--html",
+        metavar="FILE",
+        help="also check, recalibrate and fold the network, and write one page of everything",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="print the result as JSON, nothing else"
     )
     parser.set_defaults(run=run)
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """A bar with the time left on standard error if that is a terminal; nothing otherwise."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    # No refreshing thread: it would run in the middle of the steps whose time is taken.
-    bar = Progress(
-        TextColumn("training"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("steps, time left"),
-        TimeRemainingColumn(),
-        console=console,
-        auto_refresh=False,
-        transient=True,
-        # isatty too: FORCE_COLOR makes rich take a log file for a terminal.
-        disable=not (console.is_terminal and sys.stderr.isatty()),
-    )
-    with bar:
-        task = bar.add_task("training", total=None, visible=False)
-
-        def show(done: int, steps: int) -> None:
-            bar.update(task, completed=done, total=steps, visible=True, refresh=True)
-
-        yield show
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,19 +79,18 @@ def run(arguments: argparse.Namespace) -> int:
     from ..demo import require, run
 
     require("sklearn", "matplotlib")
-    from rich.console import Console
-
     from ..demo.summary import print_summary
 
-    with _progress_bar() as progress:
-        result = run(arguments.quick, arguments.seed, arguments.out, progress=progress)
+    with bar("training", "steps") as progress:
+        result = run(
+            arguments.quick, arguments.seed, arguments.out, page=arguments.html, progress=progress
+        )
     if arguments.json:
-        json.dump(result.to_dict(), sys.stdout, indent=2, allow_nan=False)
-        print()
+        print_json(result.to_dict())
     else:
-        print_summary(result, Console())
+        print_summary(result, console())
     if result.passed:
-        return 0
+        return 0 if result.aftercare is None or result.aftercare.passed else 1
     print(
         "normwise demo: "
         + message(

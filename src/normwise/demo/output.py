@@ -8,12 +8,13 @@ from tempfile import TemporaryFile
 
 from ..errors import OutputError, message
 
-__all__ = ["HINT", "prepare"]
+__all__ = ["HINT", "PAGE_HINT", "prepare"]
 
 HINT = "--out with another directory"
+PAGE_HINT = "--html with a file in another directory"
 
 
-def prepare(out: str | os.PathLike[str]) -> Path:
+def prepare(out: str | os.PathLike[str], hint: str = HINT) -> Path:
     """``out`` as a directory that exists and takes files; ``OutputError`` if it cannot be that."""
     path = Path(out)
     try:
@@ -26,7 +27,7 @@ def prepare(out: str | os.PathLike[str]) -> Path:
             message(
                 "the output directory must be one that can be written to",
                 f"{os.fspath(path)!r} ({error.strerror or error})",
-                HINT,
+                hint,
             )
         ) from error
     return path

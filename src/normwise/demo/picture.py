@@ -10,14 +10,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
+from ..plots.canvas import BLUE, INK, SKY, VERMILION, frame
 from .network import NORMWISE, PLAIN, TORCH
 from .result import DemoResult, NetworkResult
 
 __all__ = ["draw"]
-
-# Okabe and Ito's colours, told apart by the colour-blind too; https://jfly.uni-koeln.de/color/
-VERMILION, BLUE, SKY = "#D55E00", "#0072B2", "#56B4E9"
-INK, GRID = "#333333", "#DDDDDD"
 
 
 def _accuracy(axes: Axes, result: DemoResult) -> None:
@@ -52,14 +49,8 @@ def _sigmoid_inputs(axes: Axes, network: NetworkResult, color: str) -> None:
 
 
 def _frame(axes: Axes, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, color=INK)
-    axes.set_xlabel("training step", color=INK)
+    frame(axes, title, "training step", axes.get_ylabel(), size=12)
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.grid(color=GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def draw(result: DemoResult, file: BinaryIO) -> None:

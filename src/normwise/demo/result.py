@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..pages import Section
+from ..report.demo import DemoView
 from .network import NORMWISE, PLAIN, TORCH
 from .settings import Settings
 from .train import PERCENTILES, History
 from .verify import Agreement, compare
+
+if TYPE_CHECKING:
+    from .aftercare import Aftercare
 
 __all__ = ["DemoResult", "NetworkResult", "summarize"]
 
@@ -57,6 +63,11 @@ class DemoResult:
     """Wall time of the training."""
     picture: Path | None
     """The PNG, or None if none was asked for."""
+    page: Path | None = None
+    """The HTML page, or None if none was asked for."""
+    aftercare: Aftercare | None = field(default=None, repr=False)
+    """What check, recalibrate and fold made of the network with normwise's batch norm, if a page
+    was asked for."""
 
     @property
     def passed(self) -> bool:
@@ -70,12 +81,28 @@ class DemoResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers, ready for ``json.dumps``; NaN becomes None."""
-        plain = asdict(self)
-        plain["picture"] = None if self.picture is None else str(self.picture)
+        plain = asdict(replace(self, aftercare=None))
+        plain["title"] = "demo"
+        for file in ("picture", "page"):
+            path = getattr(self, file)
+            plain[file] = None if path is None else str(path)
+        plain["aftercare"] = None if self.aftercare is None else self.aftercare.to_dict()
         plain["agreement"]["passed"] = self.passed
         plain["step_time_ratio"] = self.step_time_ratio
         cleaned: dict[str, Any] = _plain(plain)
         return cleaned
+
+    def sections(self) -> list[Section]:
+        """What stands on its page."""
+        return DemoView(self.to_dict()).sections()
+
+    def save_html(self, path: str | os.PathLike[str]) -> None:
+        """Write it as one page that needs nothing else (docs/report.md), in one piece.
+
+        Raises:
+            OutputError: if ``path`` cannot be written to.
+        """
+        DemoView(self.to_dict()).page().save(path)
 
 
 def _plain(value: Any) -> Any:

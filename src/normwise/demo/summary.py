@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -11,6 +12,9 @@ from rich.text import Text
 
 from .network import NORMWISE, PLAIN, TORCH
 from .result import DemoResult, NetworkResult
+
+if TYPE_CHECKING:
+    from .aftercare import Aftercare
 
 __all__ = ["print_summary", "sparkline"]
 
@@ -89,6 +93,17 @@ def _verdict(result: DemoResult) -> Text:
     return text
 
 
+def _aftercare(care: Aftercare) -> list[str]:
+    """A line for each tool."""
+    accuracies = care.accuracies
+    return [
+        f"check: {care.check.summary()[0]}",
+        f"recalibrate: {care.recalibration.summary()[0]}; accuracy {accuracies['trained']:.1%}, "
+        f"then {accuracies['recalibrated']:.1%}",
+        f"fold: {care.fold.summary()[0]}; accuracy {accuracies['folded']:.1%}",
+    ]
+
+
 def print_summary(result: DemoResult, console: Console) -> None:
     """Prints the run, in ASCII where the console's encoding asks for it."""
     settings = result.settings
@@ -119,12 +134,17 @@ def print_summary(result: DemoResult, console: Console) -> None:
         "bold",
     )
     console.print(_percentiles(result))
-    if result.picture is not None:
-        path = str(result.picture)
-        console.print(
-            "Picture:",
-            path.encode("ascii", "backslashreplace").decode() if ascii_only else path,
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+    if result.aftercare is not None:
+        say("The network with normwise's batch norm, afterwards", "bold")
+        for line in _aftercare(result.aftercare):
+            say(f"  {line}")
+    for name, file in (("Picture:", result.picture), ("Page:", result.page)):
+        if file is not None:
+            path = str(file)
+            console.print(
+                name,
+                path.encode("ascii", "backslashreplace").decode() if ascii_only else path,
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )

@@ -36,6 +36,8 @@ class History:
     test_losses: list[float] = field(default_factory=list)
     sigmoid_inputs: list[NDArray[np.float32]] = field(default_factory=list)
     """(3, units) a look: percentiles over the test images of what goes into the last sigmoids."""
+    network: SigmoidNetwork | None = field(default=None, repr=False, compare=False)
+    """As it is after the last step, in training mode."""
 
 
 def _percentiles(values: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -52,7 +54,7 @@ class _Learner:
         self.network = SigmoidNetwork(norm, settings, seed)
         self.parameters = tuple(self.network.parameters())
         self.rate = settings.learning_rate
-        self.history = History()
+        self.history = History(network=self.network)
 
     def step(self, images: Tensor, classes: Tensor) -> None:
         start = perf_counter()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from normwise.errors import InputError, message
 from normwise.functional.set_checks import check_channels, check_common, check_vector
-from normwise.functional.sets import normalize_sets
+from normwise.functional.sets import direct, normalize_sets
 
 __all__ = ["group_norm"]
 
@@ -64,6 +64,10 @@ def group_norm(
         >>> nw.functional.group_norm(x, 2, eps=0.0)
         tensor([[-1.,  1., -1.,  1.]])
     """
+    if channel_dim == 1:
+        found = direct(input, num_groups, weight, bias, residual, eps, activation)
+        if found is not None:
+            return found
     act = check_common("group norm", input, residual, eps, activation)
     axis = check_channels("group norm", input, channel_dim)
     channels = input.shape[axis]

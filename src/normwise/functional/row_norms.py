@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from normwise.functional.set_checks import check_common, check_vector, normalized_axes
-from normwise.functional.sets import normalize_sets
+from normwise.functional.sets import direct, normalize_sets
 
 __all__ = ["layer_norm", "rms_norm"]
+
+_EPS = torch.finfo(torch.float32).eps
+_EPS_DOUBLE = torch.finfo(torch.float64).eps
 
 
 def _by_rows(
@@ -25,6 +28,10 @@ def _by_rows(
     activation: str | None,
     centred: bool,
 ) -> Tensor:
+    spec = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    found = direct(x, spec, weight, bias, residual, eps, activation, centred)
+    if found is not None:
+        return found
     act = check_common(name, x, residual, eps, activation)
     shape = normalized_axes(x, normalized_shape)
     check_vector("weight", weight, shape, "of same shape as normalized_shape")
@@ -106,7 +113,7 @@ def rms_norm(
         1.0
     """
     if eps is None:
-        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
+        eps = _EPS_DOUBLE if input.dtype == torch.float64 else _EPS
     return _by_rows(
         "RMS norm", input, normalized_shape, weight, None, eps, residual, activation, False
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from normwise.graph.reasons import REASONS
-from normwise.results import Report
+from normwise.pages import Axis, Chart
+from normwise.results import Report, label
 
 __all__ = ["FoldReport"]
 
@@ -40,7 +41,7 @@ class FoldReport(Report):
             if facts.get("error64") is not None:
                 line += f", in float64 {facts['error64']:.1e}"
             lines.append(line)
-        for name, label, form in (
+        for name, said, form in (
             ("parameters", "parameters and buffers", "{:,.0f}"),
             ("multiply_adds", "multiply-adds", "{:,.0f}"),
             ("latency_ms", "latency in ms", "{:.2f}"),
@@ -48,7 +49,43 @@ class FoldReport(Report):
             pair = facts.get(name)
             if pair is not None:
                 before, after = (form.format(v) for v in pair)
-                lines.append(f"{label}: {before} before, {after} after")
+                lines.append(f"{said}: {before} before, {after} after")
         used = sorted({e.reason for e in self.entries if e.reason is not None})
         lines += [f"{reason}: {REASONS[reason]}" for reason in used]
         return lines
+
+    def charts(self) -> list[Chart]:
+        errors = [
+            {"layer": e.name, "error": e.facts.get(key), "in": where}
+            for e in self.entries
+            for key, where in (("error", "the model's dtype"), ("error64", "float64"))
+        ]
+        return [
+            *super().charts(),
+            Chart(
+                "scatter",
+                "Error at each norm",
+                "Largest difference of the folded model there, relative to the largest value.",
+                errors,
+                x=Axis("layer", "layer", "layer"),
+                y=Axis("error", "relative error", log=True),
+                color=Axis("in", "computed in", "category"),
+            ),
+            Chart(
+                "bar",
+                "Cost after the fold",
+                "As a share of the cost before it.",
+                self._costs(),
+                x=Axis("cost", "cost", "category"),
+                y=Axis("share", "after / before", format=".1~%"),
+                rules=[(1.0, "before the fold")],
+            ),
+        ]
+
+    def _costs(self) -> list[dict[str, Any]]:
+        pairs = {label(k): self.facts.get(k) for k in ("parameters", "multiply_adds", "latency_ms")}
+        return [
+            {"cost": name, "share": pair[1] / pair[0]}
+            for name, pair in pairs.items()
+            if pair is not None and pair[0]
+        ]

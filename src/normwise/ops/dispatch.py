@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normwise.ops import cpu, reference
+from normwise.ops import cpu, reference, sets
 from normwise.ops.schema import LIBRARY, NAMESPACE
 
 __all__ = ["OPERATORS"]
@@ -26,12 +26,12 @@ OPERATORS = (
     "backward_input",
     "train_backward",
     "eval_backward",
+    "sets_forward",
+    "sets_backward",
 )
 
 
-def _cpu_or_reference(name: str) -> Callable[..., Any]:
-    native, plain = getattr(cpu, name), getattr(reference, name)
-
+def _cpu_or_reference(native: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         result = native(*args)
         return plain(*args) if result is NotImplemented else result
@@ -54,10 +54,10 @@ def _registered(backend: Callable[..., Any]) -> Callable[..., Any]:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def _operator(name: str) -> Callable[..., Any]:
-    native, plain = getattr(cpu, name), getattr(reference, name)
+def _operator(name: str, kernels: Any = cpu) -> Callable[..., Any]:
+    native, plain = getattr(kernels, name), getattr(reference, name)
     LIBRARY.impl(name, _registered(plain), "CompositeExplicitAutograd")
-    LIBRARY.impl(name, _registered(_cpu_or_reference(name)), "CPU")
+    LIBRARY.impl(name, _registered(_cpu_or_reference(native, plain)), "CPU")
     through_dispatcher = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(first: Tensor, *args: Any) -> Any:
@@ -85,3 +85,5 @@ backward_reduce = _operator("backward_reduce")
 backward_input = _operator("backward_input")
 train_backward = _operator("train_backward")
 eval_backward = _operator("eval_backward")
+sets_forward = _operator("sets_forward", sets)
+sets_backward = _operator("sets_backward", sets)

@@ -23,6 +23,8 @@ __all__ = [
     "moments",
     "normalize",
     "parameter_gradients",
+    "sets_backward",
+    "sets_forward",
     "train_backward",
     "train_forward",
     "update_running",
@@ -347,3 +349,84 @@ def parameter_gradients(
     dweight = None if weight is None else (sums[1] * (var + eps).rsqrt()).to(weight.dtype)
     dbias = None if bias is None else sums[0].to(bias.dtype, copy=True)
     return dweight, dbias
+
+
+def sets_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    view: tuple[int, int, int, int],
+    eps: float,
+    activation: str,
+    centred: bool,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Differentiable to any order and under ``torch.func``; ``mask`` broadcasts to the view."""
+    n, g, p, _ = view
+    v = x.reshape(view).to(accumulation_dtype(x))
+    if mask is not None:
+        # Padding may hold anything, and a gradient of 0 times NaN would be NaN.
+        v = torch.where(mask, v, v.new_zeros(()))
+    m = Moments.of(v, (2, 3), mask=None if mask is None else mask.expand(v.shape))
+    count = m.count.to(v.dtype).expand(n, g)
+    mean, m2 = (m.mean, m.m2) if centred else (torch.zeros_like(m.mean), (v * v).sum((2, 3)))
+    z = v - mean[..., None, None] if centred else v
+    z = z * (m2 / count.clamp(min=1) + eps).rsqrt()[..., None, None]
+    if weight is not None:
+        z = z * weight.to(v.dtype).reshape(g, p, 1)
+    if bias is not None:
+        z = z + bias.to(v.dtype).reshape(g, p, 1)
+    if residual is not None:
+        z = z + residual.to(v.dtype).reshape(view)
+    y = parse(activation).value(z).to(x.dtype)
+    if mask is not None:
+        y = torch.where(mask, y, y.new_zeros(()))
+    return y.reshape(x.shape).contiguous(), torch.stack([count, mean, m2]).reshape(3, n * g)
+
+
+def sets_backward(
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    view: tuple[int, int, int, int],
+    eps: float,
+    activation: str,
+    centred: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    n, g, p, length = view
+    if moments is None:
+        _, moments = sets_forward(x, None, None, None, view, eps, "none", centred)
+    mean, var = (t.reshape(n, g, 1, 1) for t in mean_var(moments))
+    rstd = (var + eps).rsqrt()
+    dtype = accumulation_dtype(x)
+    xhat = (x.reshape(view).to(dtype) - mean) * rstd
+    w = None if weight is None else weight.to(dtype).reshape(g, p, 1)
+    dz = dy.reshape(view).to(dtype)
+    act = parse(activation)
+    if act.name != "none":
+        if output is not None and act.from_output:
+            z = output.reshape(view).to(dtype)
+        else:
+            z = xhat if w is None else xhat * w
+            if bias is not None:
+                z = z + bias.to(dtype).reshape(g, p, 1)
+            if residual is not None:
+                z = z + residual.reshape(view).to(dtype)
+        dz = dz * act.derivative(z)
+    dxhat = dz if w is None else dz * w
+    size = max(p * length, 1)
+    dx = dxhat - xhat * ((dxhat * xhat).sum((2, 3), keepdim=True) / size)
+    if centred:
+        dx = dx - dxhat.sum((2, 3), keepdim=True) / size
+    return (
+        (dx * rstd).to(x.dtype).reshape(x.shape).contiguous(),
+        dz.to(x.dtype, copy=True).reshape(x.shape).contiguous() if residual_gradient else None,
+        None if weight is None else (dz * xhat).sum((0, 3)).to(weight.dtype).reshape(weight.shape),
+        None if bias is None else dz.sum((0, 3)).to(bias.dtype).reshape(bias.shape),
+    )

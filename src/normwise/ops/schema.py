@@ -73,6 +73,23 @@ LIBRARY.define(
     " str activation, bool residual_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
+# Layer, RMS, group and instance norm: x contiguous, of any shape, is (N, G, P, L) = view; each of
+# the N * G sets of P * L values is normalized by its own moments (about 0 and divided by the root
+# mean square where not `centred`); weight and bias hold G * P values, each for a run of L.
+# moments: (3, N * G).
+LIBRARY.define(
+    "sets_forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, SymInt[] view,"
+    " float eps, str activation, bool centred) -> (Tensor y, Tensor moments)"
+)
+
+# (dx, dresidual, dweight, dbias), empty where not asked for or without the parameter; without
+# moments they are taken once more from x
+LIBRARY.define(
+    "sets_backward(Tensor dy, Tensor x, Tensor? moments, Tensor? weight, Tensor? bias,"
+    " Tensor? residual, Tensor? output, SymInt[] view, float eps, str activation, bool centred,"
+    " bool residual_gradient) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
 
 def _per_channel(x: Tensor, rows: int, channel_dim: int) -> Tensor:
     return x.new_empty((rows, x.shape[channel_dim]), dtype=accumulation_dtype(x))
@@ -215,6 +232,43 @@ def _(
     return (
         torch.empty_like(x),
         _residual_gradient(x, residual_gradient),
+        _parameter_gradient(x, weight),
+        _parameter_gradient(x, bias),
+    )
+
+
+@torch.library.register_fake("normwise::sets_forward", lib=LIBRARY)
+def _(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    view: list[int],
+    eps: float,
+    activation: str,
+    centred: bool,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((3, view[0] * view[1]), dtype=accumulation_dtype(x))
+
+
+@torch.library.register_fake("normwise::sets_backward", lib=LIBRARY)
+def _(
+    dy: Tensor,
+    x: Tensor,
+    moments: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor | None,
+    view: list[int],
+    eps: float,
+    activation: str,
+    centred: bool,
+    residual_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(x.shape if residual_gradient else (0,)),
         _parameter_gradient(x, weight),
         _parameter_gradient(x, bias),
     )

@@ -22,6 +22,7 @@ from normwise.graph.reasons import Refusal
 from normwise.graph.record import Node, Trace, Value, record
 from normwise.graph.run import Call, copy_of, same_random_numbers
 from normwise.graph.surroundings import Surroundings
+from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, Result
 from normwise.tools.weights import input_range, output_range
 
@@ -45,6 +46,27 @@ class EqualizeReport(Report):
 
     title: ClassVar[str] = "equalize"
     columns: ClassVar[tuple[str, ...]] = ("spread", "spread_next", "error", "error64")
+
+    def charts(self) -> list[Chart]:
+        spreads = [
+            {"layer": e.name, "spread": spread, "at": at}
+            for e in self.entries
+            for spread, at in zip(e.facts.get("spread") or (), ("before", "after"), strict=False)
+        ]
+        return [
+            *super().charts(),
+            Chart(
+                "scatter",
+                "Spread of the channels' ranges",
+                "Largest range of an output channel over the median one; 1 is level.",
+                spreads,
+                x=Axis("layer", "layer", "layer"),
+                y=Axis("spread", "largest over median", log=True),
+                color=Axis("at", "equalization", "category", values=("before", "after")),
+                joined=True,
+                rules=[(1.0, "level")],
+            ),
+        ]
 
 
 @dataclass

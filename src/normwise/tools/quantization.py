@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from normwise.errors import InputError, message
 from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
-from normwise.results import Entry, Report
+from normwise.pages import Axis, Chart
+from normwise.results import Entry, Report, number
 from normwise.tools.weights import LAYERS, blocks, output_range, over_outputs
 
 __all__ = ["QuantizationReport", "quantization_report", "simulate_int8"]
@@ -53,9 +54,46 @@ class QuantizationReport(Report):
     )  # fmt: skip
 
     def summary(self) -> list[str]:
-        tensor, channel = self.facts["snr_tensor"], self.facts["snr_channel"]
+        tensor, channel = (number(self.facts[k]) for k in ("snr_tensor", "snr_channel"))
         end = f"the model's output: {tensor:.1f} dB with weights per tensor, {channel:.1f} dB "
         return [*super().summary(), end + "per channel"]
+
+    def charts(self) -> list[Chart]:
+        kinds = (("snr_tensor", "per tensor"), ("snr_channel", "per channel"),
+                 ("worst_tensor", "worst channel, per tensor"),
+                 ("worst_channel", "worst channel, per channel"))  # fmt: skip
+        noise = [
+            {"layer": e.name, "snr": e.facts.get(key), "weights": kind}
+            for e in self.entries
+            for key, kind in kinds
+        ]
+        peaks = [
+            {"layer": e.name, "peak": peak, "model": model}
+            for e in self.entries
+            for peak, model in zip(e.facts.get("peak") or (), ("original", "folded"), strict=False)
+        ]
+        layer = Axis("layer", "layer", "layer")
+        return [
+            Chart(
+                "scatter",
+                "Signal to noise in int8",
+                "Of each layer's output, by how its weights are scaled; 6 dB are one bit.",
+                noise,
+                x=layer,
+                y=Axis("snr", "signal to noise in dB"),
+                color=Axis("weights", "weights", "category", values=[kind for _, kind in kinds]),
+            ),
+            Chart(
+                "scatter",
+                "Range of the weights",
+                "Largest weight over the root mean square; what is doubled has lost a bit.",
+                peaks,
+                x=layer,
+                y=Axis("peak", "peak over root mean square"),
+                color=Axis("model", "model", "category", values=("original", "folded")),
+                joined=True,
+            ),
+        ]
 
 
 def fake_weight(module: nn.Module, per_channel: bool) -> Tensor:

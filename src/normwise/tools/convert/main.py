@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from normwise.errors import InputError, message
 from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
 from normwise.graph.verify import distance
+from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, Result
 from normwise.tools.convert.specs import Spec, is_norm, spec_of
 from normwise.tools.convert.targets import REASONS, TARGETS, Made, Stay
@@ -46,7 +48,7 @@ class ConvertReport(Report):
     """
 
     title: ClassVar[str] = "convert"
-    columns: ClassVar[tuple[str, ...]] = ("preserved", "note")
+    columns: ClassVar[tuple[str, ...]] = ("from", "preserved", "note")
 
     def summary(self) -> list[str]:
         lines = super().summary()
@@ -54,6 +56,24 @@ class ConvertReport(Report):
             lines.append(f"outputs in eval differ by {self.facts['difference']:.1e} of the largest")
         used = sorted({e.reason for e in self.entries if e.reason is not None})
         return lines + [f"{reason}: {REASONS[reason]}" for reason in used]
+
+    def charts(self) -> list[Chart]:
+        counts = Counter(
+            (str(e.facts.get("from")), e.into or "left as it was") for e in self.entries
+        )
+        if len(counts) < 2:
+            return []
+        return [
+            Chart(
+                "bar",
+                "From which kind to which",
+                "How many norms of each class became what.",
+                [{"from": a, "to": b, "norms": n} for (a, b), n in counts.items()],
+                x=Axis("from", "from", "category"),
+                y=Axis("norms", "norms", format="~d"),
+                color=Axis("to", "to", "category"),
+            )
+        ]
 
 
 def _ranks(model: nn.Module, call: Call) -> dict[nn.Module, int]:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -18,6 +17,7 @@ from normwise.errors import InputError, NormwiseError, message
 from normwise.functional import batch_moments
 from normwise.moments import Moments
 from normwise.nn.batchnorm import BatchNorm
+from normwise.tools.norms import arguments_of, boolean_mask
 from normwise.tools.recalibrate.layers import Layer
 
 __all__ = ["Collector", "Pool"]
@@ -76,19 +76,6 @@ class _Call:
 _PLAIN = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm.forward)
 
 
-@lru_cache(maxsize=256)
-def _signature(kind: Any) -> inspect.Signature:
-    return inspect.signature(kind.forward)
-
-
-def _arguments(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    """The call's arguments by name, with the first as '0' too."""
-    kind: Any = type(module)
-    bound = _signature(kind).bind(module, *args, **kwargs).arguments
-    values = list(bound.values())
-    return {**bound, "0": values[1] if len(values) > 1 else None}
-
-
 class Collector:
     """``with Collector(layers, ...) as c:`` then for each batch ``c.begin(i)``, the forward,
     ``c.end()``; ``c.pools`` holds what the layers saw.
@@ -137,11 +124,11 @@ class Collector:
         self.index, self.calls = index, {}
 
     def _before(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any) -> None:
-        given = _arguments(module, args, kwargs)
+        given = arguments_of(module, args, kwargs)
         x, mask = given["0"], given.get("mask")
         if not isinstance(x, Tensor):
             return  # the layer's own error says more
-        moments = batch_moments(x.detach(), getattr(module, "channel_dim", 1), _boolean(mask))
+        moments = batch_moments(x.detach(), getattr(module, "channel_dim", 1), boolean_mask(mask))
         if self.by_batch and module.training and int(moments.count) == 1:
             self.refusal = InputError(
                 message(
@@ -157,7 +144,7 @@ class Collector:
         call.rounding = max(call.rounding, torch.finfo(x.dtype).eps)
 
     def _after(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
-        given = _arguments(module, args, kwargs)
+        given = arguments_of(module, args, kwargs)
         plain = (
             type(module).forward in _PLAIN
             and getattr(module, "activation", None) is None
@@ -167,7 +154,7 @@ class Collector:
         moments = None
         if plain:
             axis = getattr(module, "channel_dim", 1)
-            moments = batch_moments(y.detach(), axis, _boolean(given.get("mask")))
+            moments = batch_moments(y.detach(), axis, boolean_mask(given.get("mask")))
         self.calls.setdefault(layer.name, _Call()).given.append(moments)
 
     def end(self) -> None:
@@ -206,10 +193,6 @@ class Collector:
             ):
                 return name
         return None
-
-
-def _boolean(mask: Any) -> Tensor | None:
-    return mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
 
 
 def _finite(moments: Moments | None) -> Tensor:

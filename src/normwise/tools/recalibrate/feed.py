@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from normwise.errors import InputError, message
 
-__all__ = ["Feed", "batch_size", "tensors_of"]
+__all__ = ["Feed", "arguments_for", "batch_size", "tensors_of"]
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -107,14 +107,14 @@ class Feed:
         """The model's output for a batch."""
         if self.forward is not None:
             return self.forward(model, batch)
-        args, kwargs = _call(model, batch)
+        args, kwargs = arguments_for(model, batch)
         device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
         if device is not None and device.type != "meta":
             args, kwargs = _on(device, args), _on(device, kwargs)
         return model(*args, **kwargs)
 
 
-def _call(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments_for(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments that a batch holds, by the signature of the model's forward.
 
     By name: those that forward takes. By place: as many as forward requires (one at least), so

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +14,9 @@ from torch.nn.parameter import is_lazy
 from normwise.errors import InputError, NonFiniteError, message
 from normwise.moments import Moments
 from normwise.results import Entry
+from normwise.tools.norms import Layers, chosen
 
-__all__ = ["Layer", "Selection", "Statistics", "core", "select"]
-
-Layers = Iterable[str | nn.Module] | Callable[[str, nn.Module], bool]
+__all__ = ["Layer", "Selection", "Statistics", "select"]
 
 
 class Statistics(NamedTuple):
@@ -115,20 +112,6 @@ class Selection(NamedTuple):
     left: list[Entry]
 
 
-def core(model: nn.Module) -> nn.Module:
-    """The module inside what only distributes, replicates or compiles it: hooks work there, and a
-    forward there waits for no other rank."""
-    while True:
-        wrapped: Any = None
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            wrapped = model.module
-        elif type(model).__name__ == "OptimizedModule":  # importing it would load torch._dynamo
-            wrapped = getattr(model, "_orig_mod", None)
-        if not isinstance(wrapped, nn.Module):
-            return model
-        model = wrapped
-
-
 def select(model: nn.Module, layers: Layers | None) -> Selection:
     """The norms of ``model`` that ``layers`` names, all of them if None.
 
@@ -160,8 +143,8 @@ def select(model: nn.Module, layers: Layers | None) -> Selection:
                 "one batch through the model first, in eval mode",
             )
         )
-    wanted = _wanted(norms, layers)
-    chosen, left = [], []
+    wanted = chosen(norms, layers)
+    picked, left = [], []
     for name, module in norms.items():
         reason = None
         if name not in wanted:
@@ -174,8 +157,8 @@ def select(model: nn.Module, layers: Layers | None) -> Selection:
             left.append(Entry(name, "left", reason=reason))
             continue
         assert isinstance(module, _BatchNorm)
-        chosen.append(Layer(name, module))
-    if not chosen:
+        picked.append(Layer(name, module))
+    if not picked:
         raise InputError(
             message(
                 "one batch norm at least has running statistics to replace",
@@ -183,27 +166,4 @@ def select(model: nn.Module, layers: Layers | None) -> Selection:
                 "other layers=, or track_running_stats=True",
             )
         )
-    return Selection(chosen, left)
-
-
-def _wanted(norms: dict[str, nn.Module], layers: Layers | None) -> set[str]:
-    if layers is None:
-        return set(norms)
-    if callable(layers) and not isinstance(layers, nn.Module):
-        return {name for name, module in norms.items() if layers(name, module)}
-    wanted: set[str] = set()
-    for one in [layers] if isinstance(layers, (str, nn.Module)) else layers:
-        if isinstance(one, str):
-            found = {name for name in norms if fnmatchcase(name, one)}
-        else:
-            found = {name for name, module in norms.items() if module is one}
-        if not found:
-            raise InputError(
-                message(
-                    "layers= names norms of the model, by name, pattern or module",
-                    repr(one) if isinstance(one, str) else f"a {type(one).__name__} not in it",
-                    f"one of {', '.join(list(norms)[:8])}{', …' if len(norms) > 8 else ''}",
-                )
-            )
-        wanted |= found
-    return wanted
+    return Selection(picked, left)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from normwise.errors import InputError, message
 from normwise.results import Entry
+from normwise.tools.norms import Layers, core
 from normwise.tools.recalibrate.checkpoint import Checkpoint, fingerprint
 from normwise.tools.recalibrate.feed import Feed
-from normwise.tools.recalibrate.layers import Layer, Selection, core, select
+from normwise.tools.recalibrate.layers import Layer, Selection, select
 from normwise.tools.recalibrate.metric import Metric
 from normwise.tools.recalibrate.modes import Outcome, by_batch, exact
 from normwise.tools.recalibrate.passes import Passes
@@ -40,7 +41,7 @@ def recalibrate(
     batches: int | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     mode: str = "exact",
-    layers: Iterable[str | nn.Module] | Callable[[str, nn.Module], bool] | None = None,
+    layers: Layers | None = None,
     group: Any = None,
     metric: Metric | None = None,
     blend: float | None = None,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from normwise.moments import Moments
-from normwise.results import Entry, Report, Result
+from normwise.pages import Axis, Chart
+from normwise.results import Entry, Report, Result, number
+from normwise.tools.norms import drift, largest
 from normwise.tools.recalibrate.collect import Pool
 from normwise.tools.recalibrate.layers import Layer, Statistics
 from normwise.tools.recalibrate.modes import Outcome
@@ -63,16 +65,78 @@ class RecalibrationReport(Report):
         batches = "1 batch" if f["batches"] == 1 else f"{f['batches']} batches"
         lines = [f"{super().summary()[0]} (mode {f['mode']!r}, {passes} over {batches}{ranks})"]
         if f["self_consistent"] is not None:
+            mean, var = number(f["mean_error"]), number(f["var_error"])
             verdict = "holds" if f["self_consistent"] else "DOES NOT HOLD"
             lines.append(
                 f"check {verdict}: on these data every output has mean beta to "
-                f"{f['mean_error']:.1e} and variance gamma^2 sigma^2 / (sigma^2 + eps) to "
-                f"{f['var_error']:.1e} (promised: {PROMISE:.0e}; in half precision 4 roundings)"
+                f"{mean:.1e} and variance gamma^2 sigma^2 / (sigma^2 + eps) to {var:.1e} "
+                f"(promised: {PROMISE:.0e}; in half precision 4 roundings)"
             )
         for name, before in f["metric_before"].items():
-            after = f["metric_after"].get(name, float("nan"))
-            lines.append(f"{name}: {before:.6g} -> {after:.6g}")
+            after = f["metric_after"].get(name)
+            lines.append(f"{name}: {number(before):.6g} -> {number(after):.6g}")
         return lines
+
+    def verdict(self) -> tuple[Literal["good", "bad"], str] | None:
+        holds = self.facts["self_consistent"]
+        if holds is None:
+            return None
+        if holds:
+            return "good", "on these data the outputs have the mean and variance that they should"
+        return "bad", "on these data the outputs do not have the mean and variance that they should"
+
+    def charts(self) -> list[Chart]:
+        layer = Axis("layer", "layer", "layer")
+        drift = [
+            {
+                "layer": e.name,
+                "at": at,
+                **{k: e.facts.get(f"{k}_{at}") for k in ("shift", "log_var")},
+            }
+            for e in self.entries
+            for at in ("before", "after")
+        ]
+        check = [
+            {"layer": e.name, "error": e.facts.get(f"{k}_error"), "of": of}
+            for e in self.entries
+            for k, of in (("mean", "mean"), ("var", "variance"))
+        ]
+        when = Axis("at", "recalibration", "category", values=("before", "after"))
+        return [
+            Chart(
+                "scatter",
+                "Shift of the mean",
+                "From the mean that the layer remembered to that of the data, in standard "
+                "deviations; the largest of its channels.",
+                drift,
+                x=layer,
+                y=Axis("shift", "shift in standard deviations"),
+                color=when,
+                joined=True,
+            ),
+            Chart(
+                "scatter",
+                "Change of the variance",
+                "Logarithm of the remembered variance over that of the data; the largest of the "
+                "channels. 0 is equal, 0.69 twice, -0.69 half.",
+                drift,
+                x=layer,
+                y=Axis("log_var", "log of the ratio of variances"),
+                color=when,
+                joined=True,
+                rules=[(0.0, "equal")],
+            ),
+            Chart(
+                "scatter",
+                "Check of the outputs",
+                f"How far mean and variance of each output are off; {PROMISE:.0e} is promised.",
+                check,
+                x=layer,
+                y=Axis("error", "relative error", log=True),
+                color=Axis("of", "of the", "category", values=("mean", "variance")),
+                rules=[(PROMISE, "promised")],
+            ),
+        ]
 
 
 @dataclass(frozen=True)
@@ -87,15 +151,10 @@ class RecalibrationResult(Result[nn.Module, RecalibrationReport]):
         return self.model
 
 
-def _largest(t: Tensor) -> float:
-    """With its sign."""
-    return float(t.flatten()[t.abs().argmax()]) if t.numel() else 0.0
-
-
 def _drift(s: Statistics, seen: Moments, eps: float) -> tuple[float, float]:
     mean, var = seen.mean.to(s.mean), seen.variance(1).to(s.var)
-    shift = (s.mean - mean).abs() * (var + eps).rsqrt()
-    return _largest(shift), _largest(torch.log((s.var + eps) / (var + eps)))
+    shift, log_var = drift(s.mean, s.var, mean, var, eps)
+    return float(largest(shift)), float(largest(log_var))
 
 
 def _check(layer: Layer, s: Statistics, pool: Pool) -> dict[str, Any]:
@@ -116,8 +175,8 @@ def _check(layer: Layer, s: Statistics, pool: Pool) -> dict[str, Any]:
     mean_error = (mean - beta).abs() / _unit(torch.maximum(gamma.abs(), beta.abs()))
     var_error = (var - scale * scale * s.var * ((n - 1) / n)).abs() / _unit(gamma * gamma)
     return {
-        "mean_error": _largest(mean_error),
-        "var_error": _largest(var_error),
+        "mean_error": float(largest(mean_error)),
+        "var_error": float(largest(var_error)),
         "checked": "input" if pool.given is None else "output",
     }
 

@@ -1,0 +1,1 @@
+"""What comes from outside: files that others wrote, conventions that others keep."""
