@@ -525,3 +525,35 @@ def test_importing_imports_none_of_the_extras() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+# The page
+
+
+def test_a_page_has_what_the_tools_made_of_the_network(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "QUICK", SHORT)
+        result = demo.run(quick=True, out=None, page=tmp_path / "new" / "page.html")
+    care = result.aftercare
+    assert care is not None
+    assert care.passed
+    assert care.recalibration.facts["self_consistent"] is True
+    assert [e.action for e in care.fold] == ["folded"] * 3
+    assert care.accuracies["trained"] == result.networks[NORMWISE].final_accuracy
+    assert care.accuracies["folded"] == care.accuracies["recalibrated"] > 0.9
+    plain = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert plain["aftercare"]["fold"]["title"] == "fold"
+    assert plain["page"] == str(result.page)
+    assert result.page is not None
+    page = result.page.read_text()
+    assert all(title in page for title in ("demo", "check", "recalibration", "fold"))
+    assert len(page) < 5e6
+    file = io.StringIO()
+    print_summary(result, Console(file=file, width=80))
+    assert "fold: 3 batch norms: 3 folded" in file.getvalue()
+
+
+def test_a_page_that_cannot_be_written_is_found_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(demo.OutputError, match="--html with a file in another directory"):
+        demo.run(quick=True, out=None, page=tmp_path / "file" / "page.html")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from normwise import plots
     from normwise.doctor import check, repair
     from normwise.graph import fold, load_folded
+    from normwise.tools.accelerate import accelerate
     from normwise.tools.allocator import tune_allocator
     from normwise.tools.convert import convert
     from normwise.tools.equalization import equalize
@@ -37,6 +38,7 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 __all__ = [
     "__version__",
     "Moments",
+    "accelerate",
     "accumulate_statistics",
     "backends",
     "check",
@@ -61,6 +63,7 @@ __all__ = [
 
 # Tools are loaded when they are first asked for: ``import normwise`` loads the layers alone.
 _TOOLS = {
+    "accelerate": "normwise.tools.accelerate",
     "check": "normwise.doctor",
     "convert": "normwise.tools.convert",
     "equalize": "normwise.tools.equalization",

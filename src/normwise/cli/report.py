@@ -24,9 +24,10 @@ def register(subparsers: _SubParsersAction[argparse.ArgumentParser]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""\
 examples:
+  normwise report check.json fold.json -o model.html
+where
   normwise check model.safetensors --json > check.json
   normwise fold --model net:build --input 1x3x32x32 --json > fold.json
-  normwise report check.json fold.json -o model.html
 
 Exit codes: 0 fine, 2 wrong usage, a file that is no result, a page that cannot be written.""",
     )

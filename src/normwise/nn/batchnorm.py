@@ -101,16 +101,20 @@ class _FusedBatchNorm(Switches, _BatchNorm):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        activation: str | None = None,
     ) -> Tensor:
         """``activation(bn(input) + residual)``; ``mask`` is True where an element counts, or
-        ``lengths`` are those of padded sequences."""
+        ``lengths`` are those of padded sequences; ``activation`` is for this call instead of the
+        layer's own."""
         if self.ranks is not None and input.dim() not in self.ranks:
             self._check_input_dim(input)
         if lengths is not None:
             mask = lengths_to_mask(lengths, input, self.channel_dim, mask)
+        if activation is None:
+            activation = self.activation
         if ACTIVE or self._switched:
             try:
-                return self._by_switches(input, residual, mask)
+                return self._by_switches(input, residual, mask, activation)
             except NonFiniteError as error:
                 raise NonFiniteError(f"{describe(self)}: {error}") from None
         # Straight from the dicts: nn.Module.__getattr__ takes 0.4 us a name, as much in all as the
@@ -148,7 +152,7 @@ class _FusedBatchNorm(Switches, _BatchNorm):
                 self.eps,
                 residual=residual,
                 mask=mask,
-                activation=self.activation,
+                activation=activation,
                 channel_dim=self.channel_dim,
                 num_batches_tracked=tracked,
                 nonfinite=self.nonfinite,
@@ -213,7 +217,8 @@ _ARGUMENTS = """
         domains: names of further running statistics, for ``with nw.domain(name):``.
 
     Call:
-        ``bn(x, residual=None, mask=None, lengths=None)``: ``y = activation(bn(x) + residual)``.
+        ``bn(x, residual=None, mask=None, lengths=None, activation=None)``:
+        ``y = activation(bn(x) + residual)``, by the layer's activation unless the call names one.
         ``residual`` has the shape of ``x``; ``mask`` is boolean with size 1 on the channel axis;
         ``lengths``, shape ``(N,)``, stand for the mask of padded ``(N, C, L)`` or ``(N, L, C)``.
 

@@ -35,7 +35,8 @@ class FrozenBatchNorm(nn.Module):
         channel_dim: the axis of the channels.
 
     Call:
-        ``bn(x, residual=None, mask=None, lengths=None)``, as :class:`~normwise.nn.BatchNorm`.
+        ``bn(x, residual=None, mask=None, lengths=None, activation=None)``, as
+        :class:`~normwise.nn.BatchNorm`.
 
     Example:
         >>> import torch, normwise as nw
@@ -89,13 +90,16 @@ class FrozenBatchNorm(nn.Module):
         mask: Tensor | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
+        activation: str | None = None,
     ) -> Tensor:
-        """``activation(bn(input) + residual)`` by the buffers."""
+        """``activation(bn(input) + residual)`` by the buffers; ``activation`` is for this call
+        instead of the layer's own."""
         if lengths is not None:
             mask = lengths_to_mask(lengths, input, self.channel_dim, mask)
         return F.batch_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0,
-            self.eps, residual=residual, mask=mask, activation=self.activation,
+            self.eps, residual=residual, mask=mask,
+            activation=self.activation if activation is None else activation,
             channel_dim=self.channel_dim,
         )  # fmt: skip
 

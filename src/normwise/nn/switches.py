@@ -55,7 +55,6 @@ class Switches(_Base):
     _update_stats: bool | None = None
     _switched: bool = False
     # Of the layers that have the switches.
-    activation: str | None
     channel_dim: int
     nonfinite: str
     _batch_norm: Any
@@ -152,7 +151,9 @@ class Switches(_Base):
         own: Any = domains[name]
         return own.running_mean, own.running_var, own.num_batches_tracked
 
-    def _by_switches(self, input: Tensor, residual: Tensor | None, mask: Tensor | None) -> Tensor:
+    def _by_switches(
+        self, input: Tensor, residual: Tensor | None, mask: Tensor | None, activation: str | None
+    ) -> Tensor:
         """The forward where a switch or a context has a say."""
         now = modes.current() if modes.ACTIVE else modes.DEFAULT
         by_batch = (
@@ -171,7 +172,7 @@ class Switches(_Base):
         call: dict[str, Any] = {
             "residual": residual,
             "mask": mask,
-            "activation": self.activation,
+            "activation": activation,
             "channel_dim": self.channel_dim,
             "nonfinite": self.nonfinite,
         }

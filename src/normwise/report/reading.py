@@ -21,6 +21,7 @@ MODULES = (
     "normwise.doctor.repairing",
     "normwise.doctor.report",
     "normwise.graph.report",
+    "normwise.tools.accelerate",
     "normwise.tools.bench",
     "normwise.tools.convert",
     "normwise.tools.equalization",

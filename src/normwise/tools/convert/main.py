@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from normwise.results import Entry, Report, Result
 from normwise.tools.convert.specs import Spec, is_norm, spec_of
 from normwise.tools.convert.targets import REASONS, TARGETS, Made, Stay
 
-__all__ = ["ConvertReport", "convert"]
+__all__ = ["ConvertReport", "convert", "convert_all"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -186,7 +187,7 @@ def convert(
                 )
             ) from error
         ranks = {target.get_submodule(p): r for p, r in seen.items()}
-    entries, new = _convert_all(target, to, options, ranks)
+    entries, new = convert_all(target, to, options, ranks)
     facts: dict[str, Any] = {"to": to}
     if call is not None:
         facts["difference"] = distance(_outputs(copy_of(new).eval(), call), before)
@@ -194,9 +195,14 @@ def convert(
     return result
 
 
-def _convert_all(
-    model: nn.Module, to: str, options: dict[str, Any], ranks: dict[nn.Module, int]
+def convert_all(
+    model: nn.Module,
+    to: str,
+    options: dict[str, Any],
+    ranks: Mapping[nn.Module, int],
+    stays: Callable[[nn.Module], str | None] = lambda module: None,
 ) -> tuple[list[Entry], nn.Module]:
+    """Every norm of ``model``, in place; ``stays`` tells the reason why one is left, or None."""
     made: dict[nn.Module, Made] = {}
     entries = []
     for path, module in list(model.named_modules()):
@@ -207,6 +213,10 @@ def _convert_all(
         if spec is None:
             reason = "uninitialized" if "Lazy" in name else "custom-class"
             entries.append(Entry(path, "left", reason=reason, facts={"from": name}))
+            continue
+        own_reason = stays(module)
+        if own_reason is not None:
+            entries.append(Entry(path, "left", reason=own_reason, facts={"from": name}))
             continue
         spec.axes = ranks.get(module)
         if not spec.rank and spec.axes is not None:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from normwise.errors import InputError, message
-from normwise.pages import Chart, curves, percentiles
+from normwise.pages import Chart
+from normwise.pages.training import curves, percentiles
 from normwise.results import Entry, Report, plain
 from normwise.tools.watch.call import columns
 from normwise.tools.watch.files import read_rows
