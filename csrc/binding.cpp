@@ -50,11 +50,15 @@ class Scratch {
 };
 thread_local Scratch scratch;
 
-void run(void (*kernel)(const nw::Call&), nw::Call& call) {
+using Kernel = void (*nw::Kernels::*)(const nw::Call&);
+
+void run(Kernel which, nw::Call& call) {
+  const nw::Kernels* const kernels = call.mask ? selected->masked : selected;
+  const auto kernel = kernels->*which;
   // The fused backward's sums are nobody's result: they live at the head of the scratch.
   const bool own_sums = call.dy && (call.moments || call.constant) && !call.sums;
   const int64_t head = own_sums ? (2 * call.channels * 8 + 63) / 64 * 64 : 0;
-  char* memory = static_cast<char*>(scratch.take(head + selected->scratch_bytes(call)));
+  char* memory = static_cast<char*>(scratch.take(head + kernels->scratch_bytes(call)));
   if (own_sums) call.sums = reinterpret_cast<double*>(memory);
   call.scratch = memory + head;
   // Handing over the interpreter costs as much as a small batch does.
@@ -80,6 +84,13 @@ class Operands {
   void block(nb::handle x, int64_t channel_dim) {
     fit = view(x, x_) && nw::set_block(call, x_, channel_dim);
     call.x = nw::address(x_);
+  }
+  void mask(nb::handle t, int64_t channel_dim) {
+    nw::dlpack::Tensor v;
+    if (t.is_none()) return;
+    fit = fit && view(t, v) && nw::mask_of_block(v, x_, channel_dim) &&
+          (call.inner == 1 || call.inner >= nw::kMaskedRun);
+    if (fit) call.mask = static_cast<const uint8_t*>(nw::address(v));
   }
   // The size of axis `d` if it is the outermost in memory (and not the channels'), else 0.
   int64_t outermost(int64_t d) const {
@@ -130,20 +141,22 @@ class Operands {
   }
 };
 
-bool moments(nb::handle x, int64_t channel_dim, nb::handle out) {
+bool moments(nb::handle x, nb::handle mask, int64_t channel_dim, nb::handle out) {
   Operands o;
   o.block(x, channel_dim);
+  o.mask(mask, channel_dim);
   o.call.moments = o.rows(out, 3);
-  if (o.fit) run(selected->moments, o.call);
+  if (o.fit) run(&nw::Kernels::moments, o.call);
   return o.fit;
 }
 
 // Training writes `moments`; eval reads `mean` and `var`, with `moments` None.
 bool forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle mean, nb::handle var,
-             nb::handle weight, nb::handle bias, nb::handle residual, int64_t channel_dim,
-             double eps, int activation, double slope) {
+             nb::handle weight, nb::handle bias, nb::handle residual, nb::handle mask,
+             int64_t channel_dim, double eps, int activation, double slope) {
   Operands o;
   o.block(x, channel_dim);
+  o.mask(mask, channel_dim);
   o.call.y = o.like(y);
   o.call.moments = o.rows(moments, 3);
   o.call.mean = o.vector(mean);
@@ -154,7 +167,7 @@ bool forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle mean, nb
   o.call.eps = eps;
   o.call.activation = activation;
   o.call.slope = slope;
-  if (o.fit) run(o.call.moments ? selected->train_forward : selected->normalize, o.call);
+  if (o.fit) run(o.call.moments ? &nw::Kernels::train_forward : &nw::Kernels::normalize, o.call);
   return o.fit;
 }
 
@@ -213,7 +226,7 @@ bool ghost_forward(nb::handle x, nb::handle y, nb::handle moments, nb::handle wh
   double *const mean = n + channels, *const m2 = mean + channels;
   for (int64_t g = 0; g < ghosts.count; ++g) {
     nw::Call call = ghosts.part(g);
-    run(selected->train_forward, call);
+    run(&nw::Kernels::train_forward, call);
     const double *gn = call.moments, *gmean = gn + channels, *gm2 = gmean + channels;
     for (int64_t c = 0; c < channels; ++c) {  // Chan, Golub & LeVeque 1979, eq. 2.1
       if (g == 0) {
@@ -258,7 +271,7 @@ bool ghost_backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle 
   for (int64_t c = 0; c < 2 * channels; ++c) dweight[c] = 0;
   for (int64_t g = 0; g < ghosts.count; ++g) {
     nw::Call call = ghosts.part(g);
-    run(selected->train_backward, call);
+    run(&nw::Kernels::train_backward, call);
     const double *n = call.moments, *m2 = n + 2 * channels;
     for (int64_t c = 0; c < channels; ++c) {
       dbias[c] += call.sums[c];
@@ -295,10 +308,11 @@ struct FusedBackward {
   // By moments, or by mean and var as constants. Says whether everything fitted.
   bool compute(nb::handle dy, nb::handle x, nb::handle moments, nb::handle mean, nb::handle var,
                nb::handle weight, nb::handle bias, nb::handle residual, nb::handle output,
-               bool residual_gradient, int64_t channel_dim, double eps, int activation,
-               double slope) {
+               nb::handle mask, bool residual_gradient, int64_t channel_dim, double eps,
+               int activation, double slope) {
     Operands o;
     o.block(x, channel_dim);
+    o.mask(mask, channel_dim);
     o.call.dy = o.like(dy);
     o.call.moments = o.rows(moments, 3);
     o.call.mean = o.vector(mean);
@@ -321,7 +335,7 @@ struct FusedBackward {
     o.call.activation = activation;
     o.call.slope = slope;
     if (!o.fit) return false;
-    run(o.call.constant ? selected->eval_backward : selected->train_backward, o.call);
+    run(o.call.constant ? &nw::Kernels::eval_backward : &nw::Kernels::train_backward, o.call);
     return true;
   }
 };
@@ -329,11 +343,11 @@ struct FusedBackward {
 // (dx, dresidual or None, dweight or None, dbias or None), or None if something does not fit.
 nb::object fused_backward(nb::handle dy, nb::handle x, nb::handle moments, nb::handle mean,
                           nb::handle var, nb::handle weight, nb::handle bias, nb::handle residual,
-                          nb::handle output, bool residual_gradient, int64_t channel_dim, double eps,
-                          int activation, double slope) {
+                          nb::handle output, nb::handle mask, bool residual_gradient,
+                          int64_t channel_dim, double eps, int activation, double slope) {
   FusedBackward b;
-  if (!b.compute(dy, x, moments, mean, var, weight, bias, residual, output, residual_gradient,
-                 channel_dim, eps, activation, slope))
+  if (!b.compute(dy, x, moments, mean, var, weight, bias, residual, output, mask,
+                 residual_gradient, channel_dim, eps, activation, slope))
     return nb::none();
   return nb::make_tuple(b.dx, b.dresidual, b.dweight, b.dbias);
 }
@@ -356,6 +370,7 @@ nb::object gradients(nb::handle dy, nb::tuple saved, nb::tuple option, bool trai
   FusedBackward b;
   if (!b.compute(dy, saved[0], train ? first : none, train ? none : first, second, saved[1], saved[2],
                  more ? nb::object(saved[kept]) : none, more ? nb::object(saved[kept + 1]) : none,
+                 more ? nb::object(saved[kept + 2]) : none,
                  nb::cast<bool>(option[6]), nb::cast<int64_t>(option[0]), nb::cast<double>(option[1]),
                  nb::cast<int>(option[3]), nb::cast<double>(option[4])))
     return nb::none();
@@ -379,11 +394,12 @@ nb::object eval_gradients(nb::handle dy, nb::tuple saved, nb::tuple options) {
 
 // backward_input if `dx` is given, else backward_reduce.
 bool backward(nb::handle dy, nb::handle x, nb::handle mean, nb::handle var, nb::handle weight,
-              nb::handle bias, nb::handle residual, nb::handle output, nb::handle sums, double count,
-              nb::handle dx, nb::handle dresidual, int64_t channel_dim, double eps, int activation,
-              double slope) {
+              nb::handle bias, nb::handle residual, nb::handle output, nb::handle mask,
+              nb::handle sums, double count, nb::handle dx, nb::handle dresidual, int64_t channel_dim,
+              double eps, int activation, double slope) {
   Operands o;
   o.block(x, channel_dim);
+  o.mask(mask, channel_dim);
   o.call.dy = o.like(dy);
   o.call.mean = o.vector(mean);
   o.call.var = o.vector(var);
@@ -399,7 +415,7 @@ bool backward(nb::handle dy, nb::handle x, nb::handle mean, nb::handle var, nb::
   o.call.activation = activation;
   o.call.slope = slope;
   if (o.fit)
-    run(o.call.dx ? selected->backward_input : selected->backward_reduce, o.call);
+    run(o.call.dx ? &nw::Kernels::backward_input : &nw::Kernels::backward_reduce, o.call);
   return o.fit;
 }
 
@@ -455,14 +471,16 @@ void use(const std::string& name) {
 NB_MODULE(_native, m) {
   selected = nw::instruction_set(nw::instruction_set_count() - 1);
   using nb::arg;
-  m.def("moments", &moments);
   // clang-format off
+  m.def("moments", &moments, arg(), arg().none(), arg(), arg());
   m.def("forward", &forward, arg(), arg(), arg().none(), arg().none(), arg().none(), arg().none(),
-        arg().none(), arg().none(), arg(), arg(), arg(), arg());
+        arg().none(), arg().none(), arg().none(), arg(), arg(), arg(), arg());
   m.def("backward", &backward, arg(), arg(), arg(), arg(), arg().none(), arg().none(), arg().none(),
-        arg().none(), arg().none(), arg(), arg().none(), arg().none(), arg(), arg(), arg(), arg());
+        arg().none(), arg().none(), arg().none(), arg(), arg().none(), arg().none(), arg(), arg(),
+        arg(), arg());
   m.def("fused_backward", &fused_backward, arg(), arg(), arg().none(), arg().none(), arg().none(),
-        arg().none(), arg().none(), arg().none(), arg().none(), arg(), arg(), arg(), arg(), arg());
+        arg().none(), arg().none(), arg().none(), arg().none(), arg().none(), arg(), arg(), arg(),
+        arg(), arg());
   m.def("ghost_forward", &ghost_forward, arg(), arg(), arg(), arg(), arg().none(), arg().none(),
         arg().none(), arg(), arg(), arg(), arg(), arg(), arg());
   m.def("ghost_backward", &ghost_backward, arg(), arg(), arg(), arg().none(), arg().none(),

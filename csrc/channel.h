@@ -1,6 +1,7 @@
 // What a channel's moments become: the constants of the loops, computed in double, rounded once.
 #pragma once
 #include <cmath>
+#include <limits>
 
 #include "activate.h"
 #include "kernels.h"
@@ -21,6 +22,11 @@ NW_INLINE Statistics from_vectors(const Call& call, int64_t c) {
   return {read(call.mean, c, 0), 1 / std::sqrt(read(call.var, c, 1) + call.eps)};
 }
 
+// A constant in R. Of NaN only that it is one is kept: see interleave() in simd.h.
+template <class R> NW_INLINE R constant(double v) {
+  return v != v ? std::numeric_limits<R>::quiet_NaN() : R(v);
+}
+
 // y = (x - centre) * scale + offset. Subtracting first, and carrying what rounding the mean to R
 // lost in the offset, keeps float32 data around 1e6 exact to rounding; x * scale + offset does not.
 template <class R> struct Affine {
@@ -28,8 +34,9 @@ template <class R> struct Affine {
 };
 template <class R> NW_INLINE Affine<R> affine(const Call& call, int64_t c, Statistics s) {
   const double scale = s.rstd * read(call.weight, c, 1);
-  const R centre = R(s.mean);
-  return {centre, R(scale), R(read(call.bias, c, 0) - (s.mean - double(centre)) * scale)};
+  const R centre = constant<R>(s.mean);
+  return {centre, constant<R>(scale),
+          constant<R>(read(call.bias, c, 0) - (s.mean - double(centre)) * scale)};
 }
 template <class R> NW_INLINE Pack<R> apply(const Affine<R>& f, Pack<R> x) {
   return multiply_add<R>(x - f.centre, splat<Pack<R>>(f.scale), splat<Pack<R>>(f.offset));
@@ -49,7 +56,7 @@ template <class R> NW_INLINE Gradient<R> gradient(const Call& call, int64_t c, S
   const double n = call.moments ? call.moments[c] : call.count;
   const double slope = s.rstd * s.rstd * call.sums[call.channels + c] / n;
   const double lost = s.mean - double(R(s.mean));
-  return {R(slope), R(call.sums[c] / n - lost * slope)};
+  return {constant<R>(slope), constant<R>(call.sums[c] / n - lost * slope)};
 }
 
 // Cases of the backward loops beside an Activation: the activation's code is read at run time, or
@@ -75,8 +82,8 @@ template <class T> struct Upstream {
   // dz = dy * activation'(z) at offset i. Act: kNone, kReLU (z rebuilt from x), kReLUOfOutput, or
   // kAny: z from the output where that is given, else from x and the residual.
   // `tensor` loads from a tensor: a vector, or one value in all lanes. z0() is the norm's own output.
-  template <int Act, class Load, class Z>
-  NW_INLINE Pack<R> dz(int64_t i, const Load& tensor, const Z& z0) const {
+  template <int Act, class Place, class Load, class Z>
+  NW_INLINE Pack<R> dz(Place i, const Load& tensor, const Z& z0) const {
     const Pack<R> g = tensor(dy + i);
     if constexpr (Act == kNone) return g;
     if constexpr (Act == kReLU) return z0() > 0 ? g : Pack<R>{};
@@ -93,6 +100,8 @@ template <class T> struct Upstream {
 };
 struct LoadVector {
   template <class T> NW_INLINE Pack<Compute<T>> operator()(const T* p) const { return load<T>(p); }
+  template <class T> NW_INLINE Pack<Compute<T>> operator()(FirstOf<T> p) const { return load<T>(p); }
+  template <class T> NW_INLINE Pack<Compute<T>> operator()(SecondOf<T> p) const { return load<T>(p); }
 };
 struct LoadOne {
   template <class T> NW_INLINE Pack<Compute<T>> operator()(const T* p) const {
@@ -130,14 +139,16 @@ NW_INLINE MeanM2 finish(ShiftedSums t, double shift, double n) {
 }
 
 // The careful way: three passes in double over a channel, `outer` runs of `inner` values `stride`
-// apart. Also what inf and NaN go through, which come out as they should: not finite.
+// apart, without those that a mask (outer, inner) leaves out, so that `n` are left. Also what inf and
+// NaN go through, which come out as they should: not finite.
 template <class T>
-inline MeanM2 careful_moments(const T* x, int64_t outer, int64_t stride, int64_t inner) {
-  const double n = double(outer) * double(inner);
+inline MeanM2 careful_moments(const T* x, int64_t outer, int64_t stride, int64_t inner, double n,
+                              const uint8_t* mask = nullptr) {
   const auto sum = [&](const auto& term) {
     double total = 0;
     for (int64_t o = 0; o < outer; ++o)
-      for (int64_t i = 0; i < inner; ++i) total += term(double(to_compute(x[o * stride + i])));
+      for (int64_t i = 0; i < inner; ++i)
+        if (!mask || mask[o * inner + i]) total += term(double(to_compute(x[o * stride + i])));
     return total;
   };
   double mean = sum([](double v) { return v; }) / n;

@@ -43,6 +43,7 @@ struct Call {
   double count = 0;                // how many elements the sums run over (backward_input)
   bool constant = false;           // mean and var do not depend on x: sums are results only
   int64_t parts = 1;               // this many such calls make one tensor (ghost batches)
+  const uint8_t* mask = nullptr;   // (outer, inner), 0 where an element takes no part; or absent
 
   void* scratch = nullptr;         // scratch_bytes(call) bytes, 64-byte aligned
 };
@@ -74,7 +75,7 @@ struct SetCall {
   void* scratch = nullptr;         // sets_scratch_bytes(call) bytes, 64-byte aligned
 };
 
-// One per instruction set, all compiled from kernels.cpp and sets.cpp.
+// One per instruction set, all compiled from kernels.cpp, masked.cpp and sets.cpp.
 struct Kernels {
   const char* name;
   int64_t (*scratch_bytes)(const Call&);
@@ -88,7 +89,11 @@ struct Kernels {
   int64_t (*sets_scratch_bytes)(const SetCall&);
   void (*sets_forward)(const SetCall&);   // x -> y, moments
   void (*sets_backward)(const SetCall&);  // dy, x -> d everything
+  const Kernels* masked;                // the same for batch norms with a mask
 };
+
+// With a mask channels lie in runs of at least this length (every vector fills), or side by side.
+constexpr int64_t kMaskedRun = 16;
 
 // The running statistics' policy: running = (1 - m) * running + m * batch, m = momentum, or
 // 1 / num_batches_tracked for the cumulative average (momentum < 0 says so).

@@ -53,6 +53,20 @@ inline bool same_block(const dlpack::Tensor& t, const dlpack::Tensor& x) {
   return true;
 }
 
+// Whether t is boolean and lies as x (dense) does, but with one value along the channel axis.
+inline bool mask_of_block(const dlpack::Tensor& t, const dlpack::Tensor& x, int64_t channel_dim) {
+  if (!on_cpu(t) || t.ndim != x.ndim || t.dtype.code != 6 || t.dtype.bits != 8) return false;
+  for (int d = 0; d < x.ndim; ++d) {
+    if (t.shape[d] != (d == channel_dim ? 1 : x.shape[d])) return false;
+    if (t.shape[d] == 1) continue;
+    int64_t expected = 1;  // the axes inside this one, but the channels'
+    for (int k = 0; k < x.ndim; ++k)
+      if (k != channel_dim && x.shape[k] != 1 && x.strides[k] < x.strides[d]) expected *= x.shape[k];
+    if (t.strides[d] != expected) return false;
+  }
+  return true;
+}
+
 // A dense array of `count` values on the CPU: rank 1 (a per-channel vector) or packed rows.
 inline bool packed(const dlpack::Tensor& t, int64_t count) {
   if (!on_cpu(t)) return false;

@@ -50,7 +50,7 @@ template <class T> struct Planar {
       return R(total / double(count));
     }
     NW_INLINE auto terms(R shift) const {
-      return [x = read, shift](int64_t i) NW_LAMBDA_INLINE {
+      return [x = read, shift](auto i) NW_LAMBDA_INLINE {
         const P d = load<T>(x + i) - shift;
         return Terms<R>{d, d, d};
       };
@@ -60,7 +60,7 @@ template <class T> struct Planar {
       MeanM2 m = finish(sums, double(shift), n);
       if (!m.trusted)
         m = careful_moments(read + c * call.inner, call.outer, call.channels * call.inner,
-                            call.inner);
+                            call.inner, n);
       write_moments(call, c, n, m);
     }
   };
@@ -80,7 +80,7 @@ template <class T> struct Planar {
     }
     NW_INLINE auto map(const Affine<R>& f) const {
       return [f, x = summand.read, r = static_cast<const T*>(call.residual), code = call.activation,
-              slope = R(call.slope)](int64_t i) NW_LAMBDA_INLINE {
+              slope = R(call.slope)](auto i) NW_LAMBDA_INLINE {
         P z = apply<R>(f, load<T>(x + i));
         if constexpr (Residual)
           if (Act != kAny || r) z += load<T>(r + i);
@@ -127,7 +127,7 @@ template <class T> struct Planar {
       return {s, affine<R>(call, c, s)};
     }
     NW_INLINE auto terms(const Setting& s) const {
-      return [f = s.f, x = read, up = Upstream<T>(call)](int64_t i) NW_LAMBDA_INLINE {
+      return [f = s.f, x = read, up = Upstream<T>(call)](auto i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
         const P g = up.template dz<Act>(i, LoadVector{}, [&] { return apply<R>(f, xv); });
         return Terms<R>{g, g, xv - f.centre};
@@ -157,7 +157,7 @@ template <class T> struct Planar {
       return {affine<R>(call, c, s), gradient<R>(call, c, s)};
     }
     NW_INLINE auto map(const BackwardConstants& k) const {
-      return [k, x = summand.read, up = Upstream<T>(call)](int64_t i) NW_LAMBDA_INLINE {
+      return [k, x = summand.read, up = Upstream<T>(call)](auto i) NW_LAMBDA_INLINE {
         const P xv = load<T>(x + i);
         const P z = up.template dz<Act>(i, LoadVector{}, [&] { return apply<R>(k.f, xv); });
         const P dx = (z - multiply_add<R>(xv - k.f.centre, splat<P>(k.g.slope), splat<P>(k.g.offset))) * k.f.scale;

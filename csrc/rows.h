@@ -178,7 +178,7 @@ template <class T> struct Rows {
       }
     for (int64_t c = 0; c < call.channels; ++c) {
       MeanM2 m = finish({s[c], q[c]}, double(shift[c * call.inner]), double(n));
-      if (!m.trusted) m = careful_moments(x + c * call.inner, call.outer, row, call.inner);
+      if (!m.trusted) m = careful_moments(x + c * call.inner, call.outer, row, call.inner, double(n));
       write_moments(call, c, double(n), m);
     }
   }

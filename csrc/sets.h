@@ -108,7 +108,7 @@ template <class T> struct Sets {
     return careful(x);
   }
   __attribute__((noinline)) MeanM2 careful(const T* x) const {
-    if (call.centred) return careful_moments(x, 1, n, n);
+    if (call.centred) return careful_moments(x, 1, n, n, double(n));
     double q = 0;
     for (int64_t i = 0; i < n; ++i) {
       const double v = double(to_compute(x[i]));

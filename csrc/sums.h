@@ -2,6 +2,8 @@
 // kTerms terms a lane in R, then on in double. The order of the additions depends on the lengths of
 // the runs alone, so it is the same however the runs are visited and by how many threads.
 #pragma once
+#include <type_traits>
+
 #include "channel.h"
 #include "simd.h"
 
@@ -47,9 +49,17 @@ template <class R> struct Sums {
   NW_INLINE void count(Lanes& a) {
     if (++terms == kTerms) flush(a);
   }
-  // at(i): the terms of the vector at i.
+  // at(i): the terms of the vector at i; at(First{i}), at(Second{i}), where it knows of them: of the
+  // two of a step.
+  template <class Which, class At>
+  NW_INLINE static Terms<R> place(const At& at, int64_t i, int64_t further) {
+    if constexpr (std::is_invocable_v<const At&, Which>)
+      return at(Which{i});
+    else
+      return at(i + further);
+  }
   template <class At> NW_INLINE void step(Lanes& l, int64_t i, const At& at) {
-    const Terms<R> a = at(i), b = at(i + W);
+    const Terms<R> a = place<First>(at, i, 0), b = place<Second>(at, i, W);
     l.s0 += a.s;
     l.q0 = multiply_add<R>(a.left, a.right, l.q0);
     l.s1 += b.s;

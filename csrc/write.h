@@ -85,10 +85,9 @@ template <class T, int Outs> struct Writer {
   NW_INLINE void put(int64_t i, const Results<R, Outs>& r, const Results<R, Outs>& s) const {
     for (int k = 0; k < Outs; ++k) {
       if constexpr (Stream) {
-        stream<T>(to[k] + i, r.v[k], s.v[k]);
+        stream_step<T>(to[k] + i, r.v[k], s.v[k]);
       } else {
-        store<T>(to[k] + i, r.v[k]);
-        store<T>(to[k] + i + W, s.v[k]);
+        store_step<T>(to[k] + i, r.v[k], s.v[k]);
       }
     }
   }
@@ -119,7 +118,7 @@ template <class T, int Outs> struct Writer {
       }
       for (; i + 2 * W <= plain; i += 2 * W) {
         also.step(i);
-        put<Stream>(i, here(i), here(i + W));
+        put<Stream>(i, here(First{i}), here(Second{i}));
       }
       if (i + W <= plain) {
         also.vector(i);

@@ -378,23 +378,120 @@ def test_any_combination(name: str, case: Case) -> None:
 # Masks
 
 
+# Short runs, which the reference serves; around a vector; a row longer than one; wide rows.
+MASKED = [(6, 3, 11), (4, 3, 16), (5, 2, 17), (3, 9, 45), (2, 5, 7, 9), (3, 1030, 3)]
+
+
+def padded(p: Problem) -> tuple[Tensor, Tensor | None, Tensor]:
+    """x, residual and dy whose padding holds what must not come through."""
+    bad = (torch.nan, torch.inf, -torch.inf)
+    tensors = (p.x, p.residual, p.dy)
+    x, residual, dy = (
+        None if t is None else t.clone().masked_fill_(~p.mask, v)
+        for t, v in zip(tensors, bad, strict=True)
+    )
+    return x, residual, dy
+
+
+def check_masked(p: Problem) -> None:
+    x, residual, dy = padded(p)
+    axis, call = p.case.channel_dim, p.oracle()
+    y, m = ops.train_forward(x, p.weight, p.bias, residual, p.mask, *arguments(p))
+    expected = moments(array(p.x), axis, p.mask.numpy())
+    assert torch.equal(ops.moments(x, p.mask, axis), m)
+    double = p.case.dtype == torch.float64
+    deviation = np.sqrt(expected.var)
+    allowed = deviation * 2.0 ** (-48 if double else -21) + np.abs(expected.mean) * 2.0**-49
+    assert torch.equal(m[0], torch.full_like(m[0], float(p.mask.sum())))
+    assert (np.abs(array(m[1]) - expected.mean) <= allowed).all()
+    error = np.abs(array(m[2]) - expected.m2)
+    assert (error <= 2.0 ** (-44 if double else -20) * expected.m2).all()
+    check_forward(p, y, call)
+    gradients = ops.train_backward(
+        dy, x, m, p.weight, p.bias, residual, None, p.mask, *arguments(p), True
+    )
+    check_backward(p, call, *gradients)
+    call, constants = p.oracle(False), (p.mean, p.var, p.weight, p.bias, residual)
+    check_forward(p, ops.normalize(x, *constants, p.mask, *arguments(p)), call)
+    check_sums(p, call, ops.backward_reduce(dy, x, *constants, None, p.mask, *arguments(p)))
+    gradients = ops.eval_backward(dy, x, *constants, None, p.mask, *arguments(p), True)
+    check_backward(p, call, *gradients)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_mask(backend: str, layout: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", MASKED, ids=str)
+def test_mask(backend: str, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     """Padding takes no part, though it holds NaN: y is 0 there, and so are the gradients."""
-    case = Case(
-        (6, 3, 11), dtype=dtype, layout=layout, mask=True, residual=layout, activation="silu"
-    )
-    p = case.tensors()
-    x = p.x.clone().masked_fill_(~p.mask, torch.nan)
-    y, m = ops.train_forward(x, p.weight, p.bias, p.residual, p.mask, *arguments(p))
-    expected = moments(array(p.x), 1, p.mask.numpy())
-    assert_near(m, np.stack([expected.count, expected.mean, expected.m2]), 1e3)
-    check_forward(p, y, p.oracle())
-    gradients = ops.train_backward(
-        p.dy, x, m, p.weight, p.bias, p.residual, None, p.mask, *arguments(p), True
-    )
-    check_backward(p, p.oracle(), *gradients)
+    for activation, residual in [("relu", None), ("silu", layout), ("none", None)]:
+        case = Case(
+            shape, dtype=dtype, layout=layout, mask=True, residual=residual, activation=activation
+        )
+        check_masked(case.tensors())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_mask_in_chunks(backend: str, layout: str) -> None:
+    check_masked(Case((2, 2, 70_001), layout=layout, mask=True, activation="relu").tensors())
+
+
+def masks(shape: tuple[int, ...]) -> dict[str, Tensor]:
+    """Masks of (N, C, L): padding at the end, sequences of no element, one element, all."""
+    n, _, length = shape
+    positions, lengths = torch.arange(length), torch.arange(n) * length // n
+    one = torch.zeros(n, 1, length, dtype=torch.bool)
+    one[-1, 0, 3] = one[0, 0, -1] = True
+    return {
+        "lengths": (positions < lengths[:, None]).unsqueeze(1),
+        "holes": (positions % 40 < 7).expand(n, 1, length),
+        "two": one,
+        "all": torch.ones(1, 1, 1, dtype=torch.bool),
+    }
+
+
+@pytest.mark.parametrize("kind", ["lengths", "holes", "two", "all"])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_masks_of_every_kind(backend: str, layout: str, kind: str, offset: float) -> None:
+    p = Case((5, 19, 100), layout=layout, offset=offset, residual=layout).tensors()
+    p.mask = masks(p.case.shape)[kind].expand(5, 1, 100)
+    check_masked(p)
+
+
+def test_mask_without_an_element(backend: str) -> None:
+    for layout in LAYOUTS[:2]:
+        p = Case((3, 5, 20), layout=layout, mask=True, activation="relu").tensors()
+        p.mask.zero_()
+        x, _, dy = padded(p)
+        y, m = ops.train_forward(x, p.weight, p.bias, None, p.mask, *arguments(p))
+        gradients = ops.train_backward(
+            dy, x, m, p.weight, p.bias, None, None, p.mask, *arguments(p), True
+        )
+        assert all(torch.equal(t, torch.zeros_like(t)) for t in (y, m, *gradients))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+@pytest.mark.parametrize("shape", [(1, 1, 139_999), (2, 3, 70_001), (40, 48, 90)], ids=str)
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_masked_bits_depend_on_no_thread_and_no_cache(
+    name: str, shape: tuple[int, ...], layout: str
+) -> None:
+    p = Case(shape, layout=layout, mask=True, residual=layout).tensors()
+    assert cpu.moments(p.x, p.mask, 1) is not NotImplemented
+    end = (p.mask, 1, 1e-5, "relu")
+
+    def everything() -> list[Tensor]:
+        y, m = ops.train_forward(p.x, p.weight, p.bias, p.residual, *end)
+        return [y, m, *ops.train_backward(p.dy, p.x, m, p.weight, p.bias, None, y, *end, True)]
+
+    with cpu.force(name):
+        torch.set_num_threads(1)
+        one = everything()
+        torch.set_num_threads(2)
+        assert all(map(torch.equal, everything(), one))
+        with cpu.assume_caches(0, 0):
+            assert all(map(torch.equal, everything(), one))
 
 
 # Hard numbers
@@ -777,7 +874,7 @@ def test_opcheck_of_the_reference(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in ops.OPERATORS if n != "update_running"])
 def test_the_short_cut_past_the_dispatcher_is_the_operator(backend: str, name: str) -> None:
-    everything = dict.fromkeys(OPTIONAL, True) | {"mask": False}
+    everything = dict.fromkeys(OPTIONAL, True)
     args = samples(name, everything, "contiguous")
     direct, dispatched = getattr(ops, name)(*args), getattr(torch.ops.normwise, name)(*args)
     if isinstance(direct, Tensor):

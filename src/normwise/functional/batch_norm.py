@@ -86,7 +86,7 @@ class _TrainingNorm(torch.autograd.Function):
             kept = to_keep(activation, residual, y)
             ctx.save_for_backward(x, weight, bias, moments, *kept, mask)
         ctx.options = ops.autograd_options(
-            x, weight, bias, residual, channel_dim, eps, activation, 14, mask is None
+            x, weight, bias, residual, channel_dim, eps, activation, 14, True
         )
         return y
 
@@ -148,9 +148,7 @@ class _ConstantNorm(torch.autograd.Function):
             kept = to_keep(activation, residual, y)
             ctx.save_for_backward(x, weight, bias, mean, var, *kept, mask)
         # The kernel that makes all gradients in one pass; frozen parameters need no sums.
-        everything = (
-            mask is None and x.requires_grad and weight is not None and weight.requires_grad
-        )
+        everything = x.requires_grad and weight is not None and weight.requires_grad
         ctx.options = ops.autograd_options(
             x, weight, bias, residual, channel_dim, eps, activation, 10, everything
         )

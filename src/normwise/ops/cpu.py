@@ -1,7 +1,7 @@
 """The C++ kernels. The only place that hands out the memory of tensors.
 
-Each function returns NotImplemented where the kernels do not serve the call (masks, dtypes,
-mixed devices, no extension); the dispatcher then asks the reference.
+Each function returns NotImplemented where the kernels do not serve the call (dtypes, mixed devices,
+masks of short runs, no extension); the dispatcher then asks the reference.
 """
 
 from __future__ import annotations
@@ -194,11 +194,26 @@ def _negated(x: Tensor, other: Tensor | None, weight: Tensor | None, bias: Tenso
     )
 
 
+def _mask(mask: Tensor | None, x: Tensor, channel_dim: int) -> Tensor | None:
+    """The mask with the size of x on all axes but the channel's, in x's layout: a byte for each
+    place, as the kernels read it."""
+    if mask is None or mask.shape[channel_dim] != 1:
+        return mask
+    if mask.numel() * x.shape[channel_dim] == x.numel() and mask.is_contiguous():
+        inner_last = x if channel_dim == x.dim() - 1 else x.movedim(channel_dim, -1)
+        if x.is_contiguous() or inner_last.is_contiguous():
+            return mask  # (N, 1, L) beside (N, C, L), (N, L, 1) beside (N, L, C): as it should be
+    return torch.empty_like(x.narrow(channel_dim, 0, 1), dtype=torch.bool).copy_(mask)
+
+
 def moments(x: Tensor, mask: Tensor | None, channel_dim: int) -> Any:
-    if _native is None or mask is not None or x.is_neg():
+    if _native is None or x.is_neg():
         return NotImplemented
     out = _rows(3, x, channel_dim)
-    if _native.moments(x, channel_dim, out) or _native.moments(densify(x), channel_dim, out):
+    if _native.moments(x, mask, channel_dim, out):
+        return out
+    x = densify(x)
+    if _native.moments(x, _mask(mask, x, channel_dim), channel_dim, out):
         return out
     return NotImplemented
 
@@ -210,6 +225,7 @@ def _forward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    mask: Tensor | None,
     moments: Tensor | None,
     channel_dim: int,
     eps: float,
@@ -221,14 +237,15 @@ def _forward(
     y = torch.empty_like(x)
     act = parse(activation)
     if _native.forward(
-        x, y, moments, mean, var, weight, bias, residual, channel_dim, eps, act.code, act.slope
-    ):
+        x, y, moments, mean, var, weight, bias, residual, mask, channel_dim, eps, act.code,
+        act.slope,
+    ):  # fmt: skip
         return y
     # Something is strided, or in a dtype of its own: bring it into shape and ask again.
     x = densify(x)
     if _native.forward(
         x, y, moments, _vector(mean), _vector(var), _vector(weight), _vector(bias),
-        _like(residual, x), channel_dim, eps, act.code, act.slope,
+        _like(residual, x), _mask(mask, x, channel_dim), channel_dim, eps, act.code, act.slope,
     ):  # fmt: skip
         return y
     return NotImplemented
@@ -246,9 +263,9 @@ def normalize(
     eps: float,
     activation: str,
 ) -> Any:
-    if _native is None or mask is not None:
+    if _native is None:
         return NotImplemented
-    return _forward(x, mean, var, weight, bias, residual, None, channel_dim, eps, activation)
+    return _forward(x, mean, var, weight, bias, residual, mask, None, channel_dim, eps, activation)
 
 
 def train_forward(
@@ -261,10 +278,10 @@ def train_forward(
     eps: float,
     activation: str,
 ) -> Any:
-    if _native is None or mask is not None:
+    if _native is None:
         return NotImplemented
     moments = _rows(3, x, channel_dim)
-    y = _forward(x, None, None, weight, bias, residual, moments, channel_dim, eps, activation)
+    y = _forward(x, None, None, weight, bias, residual, mask, moments, channel_dim, eps, activation)
     return y if y is NotImplemented else (y, moments)
 
 
@@ -308,6 +325,7 @@ def _backward(
     bias: Tensor | None,
     residual: Tensor | None,
     output: Tensor | None,
+    mask: Tensor | None,
     sums: Tensor | None,
     count: float,
     dx: Tensor | None,
@@ -322,15 +340,15 @@ def _backward(
     act = parse(activation)
     residual, output = _derivative_from(activation, residual, output)
     if _native.backward(
-        dy, x, mean, var, weight, bias, residual, output, sums, count, dx, dresidual, channel_dim,
-        eps, act.code, act.slope,
+        dy, x, mean, var, weight, bias, residual, output, mask, sums, count, dx, dresidual,
+        channel_dim, eps, act.code, act.slope,
     ):  # fmt: skip
         return True
     x = densify(x)
     done: bool = _native.backward(
         match(dy, x), x, _vector(mean), _vector(var), _vector(weight), _vector(bias),
-        _like(residual, x), _like(output, x), sums, count, dx, dresidual, channel_dim, eps,
-        act.code, act.slope,
+        _like(residual, x), _like(output, x), _mask(mask, x, channel_dim), sums, count, dx,
+        dresidual, channel_dim, eps, act.code, act.slope,
     )  # fmt: skip
     return done
 
@@ -349,12 +367,12 @@ def backward_reduce(
     eps: float,
     activation: str,
 ) -> Any:
-    if _native is None or mask is not None:
+    if _native is None:
         return NotImplemented
     sums = _rows(2, x, channel_dim)
     done = _backward(
-        dy, x, mean, var, weight, bias, residual, output, sums, 0.0, None, None, channel_dim, eps,
-        activation,
+        dy, x, mean, var, weight, bias, residual, output, mask, sums, 0.0, None, None, channel_dim,
+        eps, activation,
     )  # fmt: skip
     return sums if done else NotImplemented
 
@@ -376,16 +394,21 @@ def backward_input(
     activation: str,
     residual_gradient: bool,
 ) -> Any:
-    if _native is None or mask is not None or (count is not None and count.numel() != 1):
-        return NotImplemented  # the kernel knows one count for all channels
-    n = x.numel() / max(x.shape[channel_dim], 1) if count is None else float(count)
+    if _native is None:
+        return NotImplemented
+    n = x.numel() / max(x.shape[channel_dim], 1)
+    if count is not None:
+        each = count.flatten()
+        if each.numel() != 1 and not bool((each == each[:1]).all()):
+            return NotImplemented  # the kernel knows one count for all channels
+        n = max(float(each[0]), 1.0)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if residual_gradient else None
     if sums is not None:
         sums = sums.to(torch.float64).contiguous()
     done = _backward(
-        dy, x, mean, var, weight, bias, residual, output, sums, n, dx, dresidual, channel_dim, eps,
-        activation,
+        dy, x, mean, var, weight, bias, residual, output, mask, sums, n, dx, dresidual, channel_dim,
+        eps, activation,
     )  # fmt: skip
     return (dx, dresidual) if done else NotImplemented
 
@@ -448,7 +471,7 @@ def _fused_backward(
     residual_gradient: bool,
 ) -> Any:
     """By the batch's moments, or by mean and var as constants."""
-    if _native is None or mask is not None:
+    if _native is None:
         return NotImplemented
     if dy.is_neg() or _negated(x, residual, weight, bias):
         return NotImplemented
@@ -456,14 +479,14 @@ def _fused_backward(
     residual, output = _derivative_from(activation, residual, output)
     rest = (residual_gradient, channel_dim, eps, act.code, act.slope)
     result = _native.fused_backward(
-        dy, x, moments, mean, var, weight, bias, residual, output, *rest
+        dy, x, moments, mean, var, weight, bias, residual, output, mask, *rest
     )
     if result is None:
         # Parameters keep their dtype here: their gradients are written in it.
         x = densify(x)
         result = _native.fused_backward(
             match(dy, x), x, moments, _vector(mean), _vector(var), weight, bias,
-            _like(residual, x), _like(output, x), *rest,
+            _like(residual, x), _like(output, x), _mask(mask, x, channel_dim), *rest,
         )  # fmt: skip
     return NotImplemented if result is None else result
 
