@@ -10,8 +10,9 @@ INPUTS := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(BIN)/python -m normwise demo
 
+# A process a core, each of one thread: the tests that are about threads set their own number.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
