@@ -20,8 +20,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks import cases, contenders, floor, machine, passes, regimes, tables, timing, worker
+from benchmarks import (
+    cases,
+    contenders,
+    floor,
+    machine,
+    passes,
+    regimes,
+    steps,
+    tables,
+    timing,
+    worker,
+)
 from benchmarks.__main__ import main
 from benchmarks.cases import Case
 from benchmarks.rows import Row, make_row
@@ -666,3 +678,17 @@ def test_list_names_the_cases_and_measures_nothing(capsys: pytest.CaptureFixture
     names = capsys.readouterr().out.split()
     assert names == [case.name for case in cases.select(suite="tiny", phase="eval")]
     assert len(names) > 5
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_steps_are_measured(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 1000)
+        )
+
+    monkeypatch.setitem(steps.NETWORKS, "small", small)
+    found = steps.measure("small", layout, batch=4, size=8, rounds=3)
+    assert found.losses < 1e-4
+    assert found.quartiles[0] <= found.ratio <= found.quartiles[1]
+    assert found.line().count("|") == 7
