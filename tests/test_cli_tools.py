@@ -406,9 +406,9 @@ def test_check_fixes_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["check", "--model", "nets:build", "--data", "nets:batches", "--select", "NW301"]
     old = ["--weights", "old.pt"]
     assert run(*argv, *old) == 1
-    assert "[--fix --unsafe-fixes]" in capsys.readouterr().out
+    assert "[--fix --unsafe-fixes, with --model and --data]" in capsys.readouterr().out
     assert run(*argv, *old, "--fix", "-o", "safe.pt") == 1  # the fix is not a safe one
-    capsys.readouterr()
+    assert "[left: the fix is unsafe" in capsys.readouterr().out
     assert run(*argv, *old, "--fix", "--unsafe-fixes", "-o", "fixed.pt", "--json") == 0
     repair = of_json(capsys)["repair"]
     assert [e["action"] for e in repair["entries"]] == ["fixed"]

@@ -231,9 +231,11 @@ def _print(report: CheckReport, repaired: RepairReport | None) -> None:
         advice = finding.remedy
         if entry is not None and entry.action == "fixed":
             advice = f"fixed: {entry.facts.get('does', '')}"
-        elif finding.fix is not None:
-            flag = "--fix" if finding.fix == "safe" else "--fix --unsafe-fixes"
-            advice += f" [{flag}]"
+        elif entry is not None:
+            advice += f" [left: {(entry.reason or '').partition(': ')[2]}]"
+        elif finding.repair is not None:
+            flag = "--fix" if finding.repair.safe else "--fix --unsafe-fixes"
+            advice += f" [{flag}{', with --model and --data' * finding.repair.recalibrate}]"
         screen.print(Text(f"    {advice}"), soft_wrap=True)
     for text in [*report.summary(), *(repaired.summary() if repaired is not None else ())]:
         screen.print(Text(text), soft_wrap=True)
