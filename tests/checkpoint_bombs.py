@@ -35,7 +35,7 @@ def bomb(suffix: str) -> Callable[[Callable[[], bytes]], Callable[[], bytes]]:
 def tensor(numel: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
     """A state dict of one tensor, as torch writes it, whatever its numbers."""
     integer = lambda n: b"\x8a" + bytes([9]) + n.to_bytes(9, "little")  # noqa: E731 # LONG1
-    sizes = lambda t: b"(" + b"".join(map(integer, t)) + b"t"  # noqa: E731
+    sizes = lambda t: b"(" + b"".join(map(integer, t)) + b"t"  # noqa: E731 one line, used once
     storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu"
     return (
         HEAD + b"}X\x01\0\0\0actorch._utils\n_rebuild_tensor_v2\n(" + storage + integer(numel)
@@ -80,7 +80,7 @@ SLOW = ("empty dictionaries", "marks", "empty lists", "short texts", "integers",
         "more than it may have", "a tuple of depth 300,000")  # fmt: skip
 
 for _name, _program in PROGRAMS.items():
-    BOMBS[f"{_name}.pt"] = lambda program=_program: make.with_pickle(program())  # type: ignore[misc]
+    BOMBS[f"{_name}.pt"] = lambda program=_program: make.with_pickle(program())  # type: ignore[misc] # bound now
     if _name not in SLOW:
         BOMBS[f"{_name}, alone.pkl"] = _program
 

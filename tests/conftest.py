@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 
@@ -41,4 +42,17 @@ def threads() -> Iterator[None]:
     """Gives the number of threads back as it was."""
     before = torch.get_num_threads()
     yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """One thread, for small batches; and what is alive now is nothing to collect: each recorded run
+    collects garbage, which takes 0.2 s with all that pytest holds."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
     torch.set_num_threads(before)

@@ -173,7 +173,7 @@ def test_the_other_byte_order(put: Put) -> None:
 
 def test_parameters_and_attributes(put: Put) -> None:
     p = nn.Parameter(torch.rand(3))
-    p.note = "kept beside"  # type: ignore[attr-defined]
+    p.note = "kept beside"  # type: ignore[attr-defined] # of a user
     state = {"a": nn.Parameter(torch.rand(3)), "b": p, "c": nn.Buffer(torch.rand(2))}
     with open_checkpoint(put("p.pt", make.saved(state))) as checkpoint:
         assert all(torch.equal(checkpoint.read(name), t) for name, t in state.items())

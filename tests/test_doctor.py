@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,7 @@ from normwise.doctor import Config, Finding, all_rules, pages, rule
 from normwise.errors import CheckpointError, InputError
 from normwise.interop.conventions import CONVENTIONS, convention
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _alone() -> Iterator[None]:
-    """One thread, since these batches are small; and what is alive now is nothing to collect: each
-    recorded run collects garbage, which took 0.2 s with all that pytest holds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def faulty() -> nn.Module:

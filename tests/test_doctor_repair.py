@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -32,17 +31,7 @@ FIRES = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alone() -> Iterator[None]:
-    """One thread, since these batches are small; and what is alive now is nothing to collect: each
-    recorded run collects garbage, which took 0.2 s with all that pytest holds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @torch.no_grad()

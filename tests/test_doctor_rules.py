@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import doctor
@@ -57,17 +56,7 @@ def decaying(model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alone() -> Iterator[None]:
-    """One thread, since these batches are small; and what is alive now is nothing to collect: each
-    recorded run collects garbage, which took 0.2 s with all that pytest holds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(scope="session")
@@ -235,13 +224,13 @@ def test_check_changes_nothing(code: str, trained: tuple[nn.Module, Any]) -> Non
     state = subject.state_dict() if isinstance(subject, nn.Module) else dict(subject)
     before = {k: v.clone() for k, v in state.items()}
     held = everything(subject) if isinstance(subject, nn.Module) else None
-    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].sum()  # noqa: NPY002
+    random_states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].sum()  # noqa: NPY002 the global state
     nw.check(subject, **case.kwargs)
     assert all(torch.equal(v.nan_to_num(), state[k].nan_to_num()) for k, v in before.items())
     assert held == (everything(subject) if isinstance(subject, nn.Module) else None)
     assert torch.equal(torch.get_rng_state(), random_states[0])
     assert random.getstate() == random_states[1]
-    assert np.random.get_state()[1].sum() == random_states[2]  # noqa: NPY002
+    assert np.random.get_state()[1].sum() == random_states[2]  # noqa: NPY002 the global state
 
 
 @pytest.mark.parametrize("code", MODULES)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import gc
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,17 +21,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
          "_forward_hooks_with_kwargs", "_state_dict_hooks")  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _alone() -> Iterator[None]:
-    """One thread; and what is alive now is nothing to collect: each fold collects garbage, which
-    took 0.15 s with all that pytest holds."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 def leaves(tree: Any) -> list[Any]:

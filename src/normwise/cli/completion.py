@@ -45,7 +45,7 @@ def _complete_files(parser: argparse.ArgumentParser, by_metavar: Mapping[str, ob
             for sub in action.choices.values():
                 _complete_files(sub, by_metavar)
         elif action.metavar in by_metavar:
-            action.complete = by_metavar[str(action.metavar)]  # type: ignore[attr-defined]
+            action.complete = by_metavar[str(action.metavar)]  # type: ignore[attr-defined] # shtab's
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:

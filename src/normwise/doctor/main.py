@@ -19,7 +19,7 @@ from normwise.doctor.rule import NEEDS, all_rules
 from normwise.doctor.structure import Structure
 from normwise.doctor.subject import NormState, Subject
 from normwise.errors import InputError, NormwiseError, message
-from normwise.graph.run import Call
+from normwise.graph.run import Call, not_running
 from normwise.interop.conventions import convention
 from normwise.tools.norms import core
 from normwise.tools.recalibrate.feed import Feed, arguments_for
@@ -177,13 +177,7 @@ def _run(
             subject.structure = Structure.of(model, call)
         except Exception as error:
             if example_inputs is not None and not isinstance(error, NormwiseError):
-                raise InputError(
-                    message(
-                        "the model must run on the example inputs",
-                        f"{type(error).__name__}: {error}",
-                        "example inputs as the model is called with",
-                    )
-                ) from error
+                raise not_running(error) from error
             errors["NW2"] = f"{type(error).__name__}: {error}"
     if "data" in needs and held is not None:
         try:

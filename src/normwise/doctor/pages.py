@@ -64,7 +64,7 @@ def main(docs: str) -> None:
     (Path(docs) / "rules").mkdir(exist_ok=True)
     for path, text in wanted.items():
         data = text.encode()
-        write_atomically(path, lambda file, data=data: file.write(data))  # type: ignore[misc]
+        write_atomically(path, lambda file, data=data: file.write(data))  # type: ignore[misc] # bound now
     for path in (Path(docs) / "rules").glob("*.md"):
         if path not in wanted:
             path.unlink()

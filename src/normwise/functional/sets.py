@@ -161,7 +161,7 @@ class _DirectNorm(torch.autograd.Function):
             ctx.save_for_backward(x, weight, bias, moments, residual, output)
             wanted = ctx.needs_input_grad[3]
         ctx.options = (spec, eps, code, slope, centred, wanted, 10, activation)
-        return y  # type: ignore[no-any-return]
+        return y  # type: ignore[no-any-return] # the binding is untyped
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

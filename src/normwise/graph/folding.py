@@ -16,7 +16,7 @@ from normwise.graph.norms import Norm, is_norm
 from normwise.graph.plan import Plan, make_plan
 from normwise.graph.record import record
 from normwise.graph.report import FoldReport
-from normwise.graph.run import Call, copy_of, same_random_numbers
+from normwise.graph.run import Call, copy_of, on_examples, same_random_numbers
 from normwise.results import Entry, Result
 
 __all__ = ["FoldResult", "fold"]
@@ -104,18 +104,8 @@ class _Folder:
         self.model = model
         self.call = call
         self.traced = copy_of(model).eval() if model.training else copy_of(model)
-        try:
-            with same_random_numbers():
-                self.trace = record(self.traced, call)
-        except Exception as error:
-            raise InputError(
-                message(
-                    "the model must run on the example inputs",
-                    f"{type(error).__name__}: {error}",
-                    "example inputs as the model is called with: a tensor, a tuple of positional "
-                    "arguments, or a dict of keyword arguments",
-                )
-            ) from error
+        with on_examples(), same_random_numbers():
+            self.trace = record(self.traced, call)
         self.forbidden: dict[tuple[str, str], str] = {}
 
     def fresh(self) -> nn.Module:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from normwise.errors import InputError, message
 
-__all__ = ["Call", "copy_of", "same_random_numbers", "tensors_in"]
+__all__ = ["Call", "copy_of", "not_running", "on_examples", "same_random_numbers", "tensors_in"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,27 @@ class Call:
 
     def run(self, model: nn.Module) -> Any:
         return model(*self.args, **self.kwargs)
+
+
+def not_running(error: Exception) -> InputError:
+    """What to raise from ``error``, with which the model ended on the example inputs."""
+    return InputError(
+        message(
+            "the model must run on the example inputs",
+            f"{type(error).__name__}: {error}",
+            "example inputs as the model is called with: a tensor, a tuple of positional "
+            "arguments, or a dict of keyword arguments",
+        )
+    )
+
+
+@contextlib.contextmanager
+def on_examples() -> Iterator[None]:
+    """Around a run on the example inputs: whatever it raises becomes :func:`not_running`."""
+    try:
+        yield
+    except Exception as error:
+        raise not_running(error) from error
 
 
 @contextlib.contextmanager

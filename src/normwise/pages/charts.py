@@ -179,7 +179,7 @@ def _marks(
     layers.append({"mark": {"type": "line", "strokeWidth": 2}, "encoding": across})
     # The point nearest to the pointer answers, not only the pixel under it.
     near = {"type": "point", "nearest": True, "on": "pointerover", "clear": "pointerout"}
-    points["params"] = [{"name": "near", "select": near}]  # type: ignore[assignment]
+    points["params"] = [{"name": "near", "select": near}]  # type: ignore[assignment] # a dict of any
     visible = {"condition": {"param": "near", "empty": False, "value": 1}, "value": 0}
     points["encoding"]["opacity"] = visible
     return [*layers, points]

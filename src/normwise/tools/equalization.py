@@ -20,7 +20,7 @@ from normwise.graph.labels import Mixed, labels, propagate, reach, spread
 from normwise.graph.modules import BORDERED
 from normwise.graph.reasons import Refusal
 from normwise.graph.record import Node, Trace, Value, record
-from normwise.graph.run import Call, copy_of, same_random_numbers
+from normwise.graph.run import Call, copy_of, on_examples, same_random_numbers
 from normwise.graph.surroundings import Surroundings
 from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, Result
@@ -255,17 +255,8 @@ def equalize(model: M, example_inputs: Any) -> Result[M, EqualizeReport]:
     """
     call = Call.of(example_inputs)
     traced = copy_of(model).eval()
-    try:
-        with same_random_numbers():
-            trace = record(traced, call)
-    except Exception as error:
-        raise InputError(
-            message(
-                "the model must run on the example inputs",
-                f"{type(error).__name__}: {error}",
-                "example inputs as the model is called with",
-            )
-        ) from error
+    with on_examples(), same_random_numbers():
+        trace = record(traced, call)
     pairs = _Pairs(traced, trace)
     if not pairs.takers:
         raise InputError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from normwise.errors import InputError, message
-from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
+from normwise.graph.run import Call, copy_of, on_examples, same_random_numbers, tensors_in
 from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, number
 from normwise.tools.weights import LAYERS, blocks, output_range, over_outputs
@@ -168,17 +168,8 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _run(model: nn.Module, call: Call) -> list[Tensor]:
-    try:
-        with torch.no_grad(), same_random_numbers():
-            return tensors_in(call.copy().run(model))
-    except Exception as error:
-        raise InputError(
-            message(
-                "the model must run on the example inputs",
-                f"{type(error).__name__}: {error}",
-                "example inputs as the model is called with",
-            )
-        ) from error
+    with on_examples(), torch.no_grad(), same_random_numbers():
+        return tensors_in(call.copy().run(model))
 
 
 def _with_hooks(

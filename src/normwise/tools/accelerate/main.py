@@ -8,8 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from normwise.errors import InputError, message
-from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
+from normwise.graph.run import Call, copy_of, on_examples, same_random_numbers, tensors_in
 from normwise.graph.verify import distance
 from normwise.results import Entry, Result
 from normwise.tools.accelerate.audit import Untraceable
@@ -184,18 +183,9 @@ def accelerate(
     call = None if example_inputs is None else Call.of(example_inputs)
     before: list[Tensor] = []
     if call is not None:
-        try:
-            before = _outputs(copy_of(model), call)
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                message(
-                    "the model must run on the example inputs",
-                    f"{type(error).__name__}: {error}",
-                    "example inputs as the model is called with",
-                )
-            ) from error
+        twin = copy_of(model)
+        with on_examples():
+            before = _outputs(twin, call)
     target = model if inplace else copy_of(model)
     converted, new = convert_all(target, "normwise", {}, {}, _stays)
     fusing = _Fusing(new)

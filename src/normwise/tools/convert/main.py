@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from normwise.errors import InputError, message
-from normwise.graph.run import Call, copy_of, same_random_numbers, tensors_in
+from normwise.graph.run import Call, copy_of, on_examples, same_random_numbers, tensors_in
 from normwise.graph.verify import distance
 from normwise.pages import Axis, Chart
 from normwise.results import Entry, Report, Result
@@ -180,22 +180,12 @@ def convert(
     before: list[Tensor] = []
     ranks: dict[nn.Module, int] = {}
     if call is not None:
-        try:
-            before = _outputs(copy_of(model).eval(), call)
-            probe = copy_of(model).eval()
-            by_path = {m: p for p, m in probe.named_modules()}
-            seen = {by_path[m]: r for m, r in _ranks(probe, call).items()}
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                message(
-                    "the model must run on the example inputs",
-                    f"{type(error).__name__}: {error}",
-                    "example inputs as the model is called with",
-                )
-            ) from error
-        ranks = {target.get_submodule(p): r for p, r in seen.items()}
+        twin, probe = copy_of(model).eval(), copy_of(model).eval()
+        with on_examples():
+            before = _outputs(twin, call)
+            seen = _ranks(probe, call)
+        by_path = {m: p for p, m in probe.named_modules()}
+        ranks = {target.get_submodule(by_path[m]): r for m, r in seen.items()}
     entries, new = convert_all(target, to, options, ranks)
     facts: dict[str, Any] = {"to": to}
     if call is not None:
